@@ -1,0 +1,41 @@
+"""bthooks: true attention, gradient and uncertainty numbers from an unmodified PyTorch model."""
+
+from .attach import attach
+from .attention import attention_stats
+from .gradients import gradient_norms
+from .handle import Handle
+from .histograms import Histogram, histogram
+from .log import (
+    log_activations,
+    log_attention_stats,
+    log_gradients,
+    log_hparams,
+    log_learning_rate,
+    log_metrics,
+    log_model_histograms,
+    log_text,
+    log_uncertainty_metrics,
+)
+from .report import Report
+from .writers import Writer, make_writer
+
+__all__ = [
+    "Handle",
+    "Histogram",
+    "Report",
+    "Writer",
+    "attach",
+    "attention_stats",
+    "gradient_norms",
+    "histogram",
+    "log_activations",
+    "log_attention_stats",
+    "log_gradients",
+    "log_hparams",
+    "log_learning_rate",
+    "log_metrics",
+    "log_model_histograms",
+    "log_text",
+    "log_uncertainty_metrics",
+    "make_writer",
+]

@@ -1,0 +1,129 @@
+"""attach: the one call. It checks its arguments and starts a `Handle`."""
+
+import os
+import warnings
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from .handle import KINDS, ON_REQUEST, Handle, attachments
+from .names import Selector, selector
+from .steps import Cadence
+from .writers import Writer, check_backend
+
+
+def attach(
+    model: nn.Module,
+    writer: Writer | str | os.PathLike[str] | None,
+    *,
+    backend: str = "torch",
+    capture: Sequence[str] | None = None,
+    every: Cadence = 100,
+    histograms_every: Cadence = 500,
+    attention_rows: int | None = 128,
+    include: Selector = None,
+    prefix: str = "",
+    step: int = 0,
+    on_error: Literal["warn", "raise"] = "warn",
+) -> Handle:
+    """Log what `model` does in training from now on; no further call is needed.
+
+    Args:
+        writer: an object with SummaryWriter's methods, which is never closed; or a path, where
+            a writer of `backend` is opened that `detach()` closes; or None: nothing is written.
+        capture: which kinds must be there; None is all of attention, gradients, learning_rate,
+            uncertainty and histograms that are. On request only: activations, updates.
+        every, histograms_every: every how many steps scalars and histograms are written, or a
+            function of the step. The first step of a run always is.
+        attention_rows: query rows per map that statistics are taken from, evenly spread; None
+            is all of them.
+        include: which module paths and parameter names: a glob, several, or a function.
+        prefix: joined in front of every tag with "/".
+        step: the number of the first step.
+        on_error: "warn" says once what could not be measured; "raise" is for tests.
+
+    | tag | what |
+    | --- | --- |
+    | `attention/<statistic>/<module>` | as in `log_attention_stats` |
+    | `attention/max_logit/<module>` | the largest scaled and masked score |
+    | `attention/mean_entropy` | nats, mean over the layers |
+    | `gradients/norm/<parameter>` | L2 norm of the gradient that the optimizer applied |
+    | `gradients/layer_mean/<module>`, `gradients/total_norm` | as in `log_gradients` |
+    | `gradients/update_ratio/<parameter>` | change / size of the parameter, L2 ("updates") |
+    | `learning_rate/<group>`, `learning_rate/<optimizer>/<group>` | the rate used for this step |
+    | `uncertainty/<kind>`, `uncertainty/distribution/<kind>` | of what the model's output holds |
+    | `parameters/<name>`, `gradients/distribution/<name>` | histograms |
+    | `activations/<module>` | histograms ("activations") |
+    | `val/...` | the same of the first forward in eval mode after a step |
+
+    >>> import torch
+    >>> model = nn.Linear(2, 2)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> with attach(model, writer) as handle:
+    ...     model(torch.ones(1, 2)).sum().backward()
+    ...     optimizer.step()
+    ...     handle.step
+    1
+
+    Raises:
+        TypeError, ValueError: an argument is none of what is described here.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attach: model is a torch.nn.Module, got {type(model).__name__}")
+    for name, cadence in (("every", every), ("histograms_every", histograms_every)):
+        if not callable(cadence) and (not isinstance(cadence, int) or cadence < 1):
+            raise ValueError(
+                f"attach: {name}={cadence!r}: expected a number of steps, 1 or more, or a "
+                "function of the step; to leave a kind out, name the others in capture="
+            )
+    if attention_rows is not None and (not isinstance(attention_rows, int) or attention_rows < 1):
+        raise ValueError(
+            f"attach: attention_rows={attention_rows!r}: expected 1 or more, or None for all"
+        )
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"attach: step={step!r}: expected a whole number from 0")
+    if on_error not in ("warn", "raise"):
+        raise ValueError(f'attach: on_error={on_error!r}: expected "warn" or "raise"')
+    check_backend(backend)
+    target: Any = writer
+    if isinstance(writer, str | os.PathLike):
+        target = Path(writer).absolute()
+    elif writer is not None and not callable(getattr(writer, "add_scalar", None)):
+        raise TypeError(
+            "attach: writer is an object with SummaryWriter's methods, a path or None, got "
+            f"{type(writer).__name__}"
+        )
+    kinds = None if capture is None else _checked_kinds(capture)
+    selected = selector(include)
+    for former in attachments(model):
+        if former.prefix == prefix and (former.target is target or former.target == target):
+            former.detach()
+            warnings.warn(
+                "bthooks.attach: this model was attached to this writer already: this attachment "
+                f"replaces the former, which ends before step {former.step}",
+                stacklevel=2,
+            )
+    return Handle(
+        model,
+        target,
+        backend=backend,
+        prefix=prefix,
+        capture=kinds,
+        selected=selected,
+        rows=attention_rows,
+        cadences=(every, histograms_every),
+        step=step,
+        strict=on_error == "raise",
+    )
+
+
+def _checked_kinds(capture: Any) -> tuple[str, ...]:
+    known = (*KINDS, *ON_REQUEST)
+    if isinstance(capture, str) or not isinstance(capture, Collection):
+        raise TypeError(f"attach: capture is a sequence of names, got {capture!r}; known: {known}")
+    for kind in capture:
+        if kind not in known:
+            raise ValueError(f"attach: capture has {kind!r}; known: {known}")
+    return tuple(capture)

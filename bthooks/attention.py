@@ -1,0 +1,234 @@
+"""Attention: statistics from weights, or from query and key without the L x S matrix. Pure.
+
+In: `weights (batch, heads, query, key)`, or `query`, `key` and the mask as the kernel saw them.
+Between: `sums (heads, 12)`, float32 or better, which merge over rows, batches and calls.
+Out: one value per statistic, per head or for the whole map.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+STATISTICS = (
+    "entropy",
+    "entropy_normalized",
+    "weight_mean",
+    "weight_std",
+    "weight_max",
+    "max_logit",
+    "sink",
+    "dead_rows",
+)
+
+_ADDED = 10  # the sums that merge by adding; the last two are maxima
+_BLOCK = 1 << 22  # scores held at a time, over batch and heads
+_BLOCKED = -1e4  # an added mask at or below it hides the key: float16's minimum is -65504
+
+
+def attention_stats(weights: Tensor) -> dict[str, Tensor]:
+    """Statistics of attention weights, each of shape `(heads,)`, float32 or better.
+
+    Args:
+        weights: `(batch, heads, query, key)`, before dropout. A key counts as visible where its
+            weight is not 0; a row of zeros or NaN sees no key: it is left out, and counted in
+            `dead_rows`.
+
+    | name | what |
+    | --- | --- |
+    | `entropy` | nats, mean over batch and rows: -sum(w log w), 0 log 0 = 0 |
+    | `entropy_normalized` | entropy / log(visible keys), over rows that see at least two |
+    | `weight_mean`, `weight_std`, `weight_max` | of all weights |
+    | `sink` | mean weight on key 0 |
+    | `dead_rows` | fraction of rows that see no key |
+
+    >>> stats = attention_stats(torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]]))
+    >>> stats["entropy"].shape, round(stats["entropy"].item(), 4)
+    (torch.Size([1]), 0.3466)
+
+    Raises:
+        ValueError: the shape is another.
+    """
+    if weights.dim() != 4:
+        raise ValueError(
+            "attention_stats: weights have shape (batch, heads, query, key), got "
+            f"{tuple(weights.shape)}; for weights averaged over heads use weights.unsqueeze(1)"
+        )
+    stats = finalize(sums_of_weights(weights))
+    del stats["max_logit"]
+    return stats
+
+
+@torch.no_grad()
+def sums_of_weights(weights: Tensor) -> Tensor:
+    """The sums of one map from its weights `(batch, heads, query, key)`: `(heads, 12)`."""
+    w = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    alive = w.sum(-1) > 0  # (B, H, L); False for NaN too
+    w = torch.where(alive[..., None], w, 0)
+    return _sums(
+        alive=alive,
+        visible=(w > 0).sum(-1),
+        entropy=torch.special.entr(w).sum(-1),
+        total=w.sum(-1),
+        squares=w.square().sum(-1),
+        largest=w.amax(-1),
+        first=w[..., 0],
+        logit=torch.full_like(w[..., 0], -torch.inf),
+        keys=w.shape[-1],
+    )
+
+
+@torch.no_grad()
+def sums_of_query_key(
+    query: Tensor,
+    key: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    rows: int | None = None,
+) -> Tensor:
+    """The sums of one map as softmax(scale query key^T + mask) would give them: `(heads, 12)`.
+
+    Args:
+        query: `(batch, heads, L, d)`.
+        key: `(batch, key heads, S, d)`; each key head serves heads / key heads query heads.
+        mask: broadcasts to `(batch, heads, L, S)`; bool, True where a key is seen, or added.
+        is_causal: row i sees the keys 0..i, whatever L and S.
+        scale: 1/sqrt(d) unless given.
+        rows: take this many query rows, evenly spread; None takes all.
+
+    Scores are made for a block of rows at a time, so memory never grows with L x S.
+    """
+    batch, heads, length, width = query.shape
+    keys = key.shape[-2]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scale = width**-0.5 if scale is None else scale
+    index = torch.arange(length, device=query.device)
+    if rows is not None and rows < length:
+        index = (2 * index[:rows] + 1) * length // (2 * rows)
+    k = key.to(dtype)
+    if key.shape[1] != heads:
+        k = k.repeat_interleave(heads // key.shape[1], dim=1)
+    k = k.transpose(-1, -2)  # (B, H, d, S)
+    if mask is not None:
+        mask = mask.expand(batch, heads, mask.shape[-2] if mask.dim() > 1 else 1, keys)
+    sums: Tensor | None = None
+    for at in index.split(max(1, _BLOCK // max(1, batch * heads * keys))):
+        q = query.index_select(-2, at).to(dtype) * scale  # (B, H, r, d)
+        scores = q @ k  # (B, H, r, d) x (B, H, d, S) -> (B, H, r, S)
+        if mask is not None:
+            part = mask if mask.shape[-2] == 1 else mask.index_select(-2, at)
+            hidden = ~part if part.dtype == torch.bool else part <= _BLOCKED
+            if part.dtype != torch.bool:
+                scores += part
+            scores.masked_fill_(hidden, -torch.inf)
+        if is_causal:
+            column = torch.arange(keys, device=query.device)
+            scores.masked_fill_(column > at[:, None], -torch.inf)
+        block = sums_of_scores(scores)
+        sums = block if sums is None else merge(sums, block)
+    return torch.zeros(heads, 12, device=query.device, dtype=dtype) if sums is None else sums
+
+
+@torch.no_grad()
+def sums_of_scores(scores: Tensor) -> Tensor:
+    """The sums of one map from its scores `(batch, heads, rows, key)`, which are overwritten.
+
+    A key that is not seen has score -inf.
+    """
+    top = scores.amax(-1, keepdim=True)  # (B, H, r, 1)
+    alive = top != -torch.inf
+    z = scores.sub_(torch.where(alive, top, 0))
+    visible = (z > -torch.inf).sum(-1)
+    e = z.exp()
+    norm = e.sum(-1)  # (B, H, r)
+    # log Z - E[z] with z = score - max: no cancellation of large scores, as lse - E[score] has.
+    entropy = norm.log() - (e * z.clamp_(min=-1e4)).sum(-1) / norm
+    return _sums(
+        alive=alive[..., 0],
+        visible=visible,
+        entropy=entropy.clamp_(min=0),
+        total=torch.ones_like(norm),
+        squares=e.square().sum(-1) / norm.square(),
+        largest=1 / norm,
+        first=e[..., 0] / norm,
+        logit=top[..., 0],
+        keys=scores.shape[-1],
+    )
+
+
+def merge(a: Tensor, b: Tensor) -> Tensor:
+    """The sums of two parts of one map; per head where both have the same heads."""
+    if a.shape != b.shape:
+        a, b = _over_heads(a), _over_heads(b)
+    return torch.cat([a[:, :_ADDED] + b[:, :_ADDED], torch.maximum(a, b)[:, _ADDED:]], dim=1)
+
+
+def finalize(sums: Tensor) -> dict[str, Tensor]:
+    """The statistics of the sums `(heads, 12)`, each `(heads,)`; NaN where nothing was seen."""
+    rows, entropy, pairs, normalized, count, total, squares, first, dead, all_rows = sums.T[:_ADDED]
+    variance = (squares - total.square() / count) / (count - 1).clamp(min=1)
+    nothing = torch.where(rows > 0, 0.0, torch.nan)
+    values = (
+        entropy / rows,
+        normalized / pairs,
+        total / count,
+        variance.clamp(min=0).sqrt(),
+        sums[:, _ADDED] + nothing,
+        sums[:, _ADDED + 1] + nothing,
+        first / rows,
+        dead / all_rows,
+    )
+    return dict(zip(STATISTICS, values, strict=True))
+
+
+def whole(sums: Tensor) -> dict[str, float]:
+    """The statistics of a map over all its heads, from its sums on the host.
+
+    One that was not measured is left out: no row saw a key, no row two keys, no score known.
+    """
+    sums = _over_heads(sums)
+    rows, pairs, logit = sums[0, [0, 2, -1]].tolist()
+    measured = dict.fromkeys(STATISTICS, rows > 0) | {"dead_rows": True}
+    measured["entropy_normalized"] = pairs > 0
+    measured["max_logit"] = rows > 0 and logit != -math.inf
+    return {name: v.item() for name, v in finalize(sums).items() if measured[name]}
+
+
+def _over_heads(sums: Tensor) -> Tensor:
+    return torch.cat(
+        [sums[:, :_ADDED].sum(0, keepdim=True), sums[:, _ADDED:].amax(0, keepdim=True)], dim=1
+    )
+
+
+def _sums(
+    *,
+    alive: Tensor,
+    visible: Tensor,
+    entropy: Tensor,
+    total: Tensor,
+    squares: Tensor,
+    largest: Tensor,
+    first: Tensor,
+    logit: Tensor,
+    keys: int,
+) -> Tensor:
+    """Over batch and rows: each argument is `(batch, heads, rows)`."""
+    pairs = alive & (visible > 1)
+    normalized = entropy / visible.clamp(min=2).log()
+    added = [
+        alive,
+        torch.where(alive, entropy, 0),
+        pairs,
+        torch.where(pairs, normalized, 0),
+        alive * keys,
+        torch.where(alive, total, 0),
+        torch.where(alive, squares, 0),
+        torch.where(alive, first, 0),
+        ~alive,
+        torch.ones_like(alive),
+    ]
+    largest, logit = (torch.where(alive, value, -torch.inf) for value in (largest, logit))
+    sums = torch.stack([value.to(entropy.dtype) for value in added]).sum((1, 3))  # (10, H)
+    return torch.cat([sums, torch.stack([largest, logit]).amax((1, 3))]).T

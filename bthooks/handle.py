@@ -1,0 +1,380 @@
+"""Handle: the hooks and the lifetime of an attachment. It decides when; it computes nothing.
+
+In: the forwards of the model and the steps of its optimizers. Out: one event per logged number.
+
+Forwards in training mode wait for the optimizer step that follows and go with its round; forwards
+in eval mode stand apart, under `val/`.
+"""
+
+import atexit
+import contextlib
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from .capture import Window, calls_on_stack
+from .gradients import norms, update_ratios
+from .names import parameter_names
+from .outbox import Batch, Outbox
+from .readings import Readings, learning_rates, parameter_histograms, uncertainties
+from .report import Ledger, Report
+from .steps import Cadence, Due, Optimizers, Steps
+from .uncertainty import KEYS, find_uncertainties
+from .writers import is_main_rank, open_writer
+
+KINDS = ("attention", "gradients", "learning_rate", "uncertainty", "histograms")
+ON_REQUEST = ("activations", "updates")
+
+
+class _Hook:
+    """A hook on the model that copies as nothing.
+
+    deepcopy, pickle and torch.save carry `nullcontext().__exit__` in its place, which takes any
+    arguments and does nothing: copies are silent, and load where bthooks is not installed.
+    """
+
+    def __init__(self, handle: "Handle", call: Callable[..., None]) -> None:
+        self.handle, self._call = handle, call
+
+    def __call__(self, *args: Any) -> None:
+        self._call(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class Handle:
+    """An attachment, as `attach` returns it. A context manager: leaving it detaches.
+
+    Attributes:
+        writer: what is written to; None where nothing is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target: Any,
+        *,
+        backend: str,
+        prefix: str,
+        capture: Collection[str] | None,
+        selected: Callable[[str], bool],
+        rows: int | None,
+        cadences: tuple[Cadence, Cadence],
+        step: int,
+        strict: bool,
+    ) -> None:
+        self.target, self.prefix = target, prefix
+        self._root = weakref.ref(model)
+        self._kinds = KINDS if capture is None else capture
+        self._asked = capture is not None
+        self._selected, self._rows = selected, rows
+        self._ledger = Ledger(strict)
+        self._steps = Steps(step, cadences, self._ledger.failed)
+        self._optimizers = Optimizers()
+
+        self._pool = Readings()  # of the training forwards since the last optimizer step
+        self._round: Batch | None = None  # the round that has begun, if it is logged
+        self._before: dict[str, Tensor] = {}  # the parameters before an update
+        self._probe: tuple[Any, Tensor] | None = None
+
+        self._watch = any(self._steps.due_next)  # whether the next training forward is observed
+        self._calls = 0
+        self._window: Window | None = None
+        self._observed: Batch | None = None  # what the window's readings go to
+        self._depth = 0  # calls of the root inside its own forward
+        self._handled: BaseException | None = None
+
+        self._opened = isinstance(target, Path) and is_main_rank()
+        self.writer: Any = None if isinstance(target, Path) else target
+        if self._opened:
+            self.writer = open_writer(target, backend)
+        self._outbox = Outbox(self.writer, prefix, self._ledger.failed)
+        # Exit handlers run in reverse order: this one before that of a writer opened earlier.
+        atexit.register(self.detach)
+        self._finalizer = weakref.finalize(model, self.detach)
+        self._finalizer.atexit = False
+        self._handles = [
+            model.register_forward_pre_hook(_Hook(self, self._before_forward)),
+            model.register_forward_hook(_Hook(self, self._after_forward), always_call=True),
+            register_optimizer_step_post_hook(self._after_optimizer),
+        ]
+        if "updates" in self._kinds:
+            self._handles.append(register_optimizer_step_pre_hook(self._before_optimizer))
+
+    @property
+    def step(self) -> int:
+        """The number of the next step: `step=` and the rounds begun since."""
+        steps = self._steps
+        return steps.number if steps.rounds else steps.number + steps.inferences
+
+    def advance(self) -> None:
+        """Say, after it, that an optimizer stepped that is no `torch.optim.Optimizer`."""
+        self._count(None, None)
+
+    def flush(self) -> None:
+        """Write to the disk what was measured so far, also of a step that is not over."""
+        pooled = Batch(self._steps.number, self._steps.due_next, readings=self._pool)
+        self._pool = Readings()
+        self._outbox.add(pooled)
+        self._outbox.flush()
+
+    def report(self) -> Report:
+        """What was captured; what was selected and has not been seen, and why."""
+        return self._ledger.report(self._unseen())
+
+    def state_dict(self) -> dict[str, int]:
+        """What `load_state_dict` needs to continue the charts; flushes first."""
+        self.flush()
+        return self._steps.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue at the step of `state`, without a gap or a double point."""
+        self.flush()
+        self._steps.load_state_dict(state)
+        self._round, self._watch = None, any(self._steps.due_next)
+
+    def detach(self) -> None:
+        """Write what was measured, and take everything off the model, the optimizers and torch.
+
+        A writer that `attach` opened is closed. A second call does nothing.
+        """
+        if not self._handles:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._finalizer.detach()
+        atexit.unregister(self.detach)
+        self._close_window()
+        self.flush()
+        self._say_absent()
+        self._round = None
+        if self._opened:
+            with self._guard("close of the writer"):
+                self.writer.close()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling() or module is not self._root():
+            return
+        self._calls += 1
+        steps = self._steps
+        training = module.training and (steps.rounds > 0 or torch.is_grad_enabled())
+        if not (self._watch if training else steps.rounds == 0 or not steps.evaluated):
+            return
+        with self._guard("forward"):
+            if not training:
+                number = steps.eval_number()
+                due = Due(True, steps.due.histograms) if steps.rounds else steps.due_at(number)
+                self._open_window(module, Batch(number, due, "val"))
+            elif not self._moved_unseen(module):
+                due = Due(
+                    *(now or then for now, then in zip(steps.due, steps.due_next, strict=True))
+                )
+                self._open_window(module, Batch(steps.number, due))
+
+    def _open_window(self, root: nn.Module, batch: Batch) -> None:
+        if self._window is not None:
+            if self._window.thread != threading.get_ident():
+                return
+            if calls_on_stack(root) > 1:
+                self._depth += 1
+                return
+            self._close_window()  # KeyboardInterrupt skips the hook that closes it
+        self._optimizers.recheck()
+        kinds = set(self._kinds)
+        kinds -= set() if batch.due.scalars else {"attention"}
+        kinds -= set() if batch.due.histograms else {"activations"}
+        self._handled, self._depth, self._observed = sys.exc_info()[1], 0, batch
+        self._window = Window(root, self._selected, kinds, self._rows, self._ledger.failed)
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        window, batch = self._window, self._observed
+        if window is None or batch is None or torch.compiler.is_compiling():
+            return
+        if module is not self._root() or window.thread != threading.get_ident():
+            return
+        if self._depth:
+            self._depth -= 1
+            return
+        with self._guard("forward"):
+            self._close_window()
+            if sys.exc_info()[1] is self._handled:  # else it raised: not a whole forward
+                self._keep(window, batch, output)
+
+    def _keep(self, window: Window, batch: Batch, output: Any) -> None:
+        readings = batch.readings
+        readings.attention = window.maps()
+        readings.histograms = {f"activations/{p}": h for p, h in window.activations.items()}
+        self._ledger.captured("attention", readings.attention)
+        self._ledger.captured("activations", window.activations)
+        if "uncertainty" in self._kinds and batch.due.scalars:
+            found = find_uncertainties(output)
+            readings.merge(uncertainties(found, distributions=batch.due.histograms))
+            self._ledger.captured("uncertainty", found)
+        if batch.prefix:
+            if not self._steps.rounds:
+                self._outbox.send()
+            batch.number = self._steps.count_eval()
+            self._outbox.add(batch)
+        else:
+            self._pool.merge(readings)
+
+    def _close_window(self) -> None:
+        if self._window is not None:
+            self._window.close()
+            self._window = None
+
+    def _moved_unseen(self, root: nn.Module) -> bool:
+        """Whether the parameters change although no optimizer step has been seen: said once."""
+        if self._steps.rounds:
+            return False
+        own = [p for p in root.parameters() if p.requires_grad and not p.is_meta]
+        if not own:
+            return False
+        smallest = min(own, key=torch.numel)
+        before, self._probe = self._probe, ([id(p) for p in own], smallest.detach().clone())
+        if before is None or before[0] != self._probe[0] or torch.equal(before[1], smallest):
+            return False
+        self._ledger.say(
+            "optimizer",
+            "the parameters change, but no torch.optim.Optimizer that holds them has stepped: "
+            "call handle.advance() after each step",
+        )
+        self._watch = False
+        return True
+
+    def _before_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self._optimizers.index(optimizer, self._root()) is not None:
+            steps = self._steps
+            due = steps.due_next if steps.begins_round(optimizer) else steps.due
+            if due.scalars:
+                with self._guard("update ratios"):
+                    names = self._names(optimizer)
+                    self._before = {name: p.detach().clone() for p, name in names.items()}
+
+    def _after_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        index = self._optimizers.index(optimizer, self._root())
+        if index is not None:
+            self._count(optimizer, index)
+
+    def _count(self, optimizer: Optimizer | None, index: int | None) -> None:
+        steps = self._steps
+        begins = steps.begins_round(optimizer)
+        if begins:
+            self._end_round()
+        steps.count(optimizer)
+        if begins and any(steps.due):
+            self._round = Batch(steps.number - 1, steps.due)
+            self._outbox.add(self._round)
+        if self._round is not None:
+            with self._guard("optimizer step"):
+                self._round.readings.merge(self._pool)
+                self._measure(self._round, optimizer, index)
+        if self._watch:
+            self._pool = Readings()
+        # Another optimizer may step in this round: what it is given belongs to it too.
+        more = self._round is not None and len(steps.stepped) < len(self._optimizers)
+        self._watch = any(steps.due_next) or more
+
+    def _end_round(self) -> None:
+        self._close_window()
+        if self._steps.rounds == 1:
+            self._say_absent()
+        self._outbox.send()
+        self._round = self._probe = None
+
+    def _measure(self, batch: Batch, optimizer: Optimizer | None, index: int | None) -> None:
+        names, readings, kinds = self._names(optimizer), batch.readings, self._kinds
+        if batch.due.scalars:
+            if "gradients" in kinds:
+                found = norms({name: p.grad for p, name in names.items() if p.grad is not None})
+                readings.norms |= found
+                self._ledger.captured("gradients", found)
+            if "learning_rate" in kinds and optimizer is not None:
+                rates = learning_rates(optimizer, index or 0)
+                readings.scalars |= rates
+                self._ledger.captured("learning_rate", rates)
+            before, self._before = self._before, {}
+            ratios = update_ratios(before, {name: p for p, name in names.items()})
+            readings.scalars |= {f"gradients/update_ratio/{n}": r for n, r in ratios.items()}
+            self._ledger.captured("updates", ratios)
+        if batch.due.histograms and "histograms" in kinds:
+            # The first optimizer of a round brings the parameters that none holds.
+            every = self._names(None) if len(self._steps.stepped) == 1 else names
+            readings.histograms |= parameter_histograms(every)
+            self._ledger.captured("histograms", every.values())
+
+    def _names(self, optimizer: Optimizer | None) -> dict[nn.Parameter, str]:
+        """The selected parameters that `optimizer` holds; all selected ones for None."""
+        root = self._root()
+        names = {} if root is None else parameter_names(root)
+        names = {p: name for p, name in names.items() if self._selected(name)}
+        if optimizer is None:
+            return names
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        return {p: name for p, name in names.items() if p in held}
+
+    @contextlib.contextmanager
+    def _guard(self, site: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._ledger.failed(site, error)
+
+    def _say_absent(self) -> None:
+        """Warn of what was asked for by name and not seen, and of a forward that never ran."""
+        unseen = self._unseen()
+        for kind, why in unseen.items() if self._asked else ():
+            self._ledger.say(kind, why)
+        if self._steps.rounds and not self._calls and "attention" in unseen and not self._asked:
+            self._ledger.say("attention", unseen["attention"])
+
+    def _unseen(self) -> dict[str, str]:
+        """Why each kind has not been seen so far."""
+        forward = step = ""
+        if not self._calls:
+            forward = (
+                "the forward of the attached module did not run where a hook sees it: attach to "
+                "the module that the loop calls, and after torch.compile to what it returns"
+            )
+        if not self._steps.rounds:
+            step = "no optimizer that holds a parameter of the model has stepped"
+        keys = ", ".join(key for names in KEYS.values() for key in names)
+        why = {
+            "attention": forward or "no fused attention operator ran in the observed forwards",
+            "activations": forward or "no selected module returned a tensor",
+            "uncertainty": forward or f"the output of the model has none of {keys}",
+            "gradients": step or "no selected parameter has had a gradient",
+            "learning_rate": step or "only advance() was called",
+            "histograms": step or "no parameter is selected",
+            "updates": step or "no parameter is selected",
+        }
+        return {kind: why[kind] for kind in self._kinds if not self._ledger.has(kind)}
+
+
+def attachments(model: nn.Module) -> list[Handle]:
+    """The attachments that `model` has."""
+    hooks = model._forward_pre_hooks.values()
+    return [hook.handle for hook in hooks if isinstance(hook, _Hook)]

@@ -1,0 +1,86 @@
+"""Names: from module paths and parameter names to tags, and the one selector type.
+
+In: the names that torch gives (`model.named_modules()`, `model.named_parameters()`).
+Out: names without wrapper parts, tags in the characters that every backend keeps.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+Selector = str | Sequence[str] | Callable[[str], bool] | None
+"""Which names: a glob, several globs, a function of the name; None selects all."""
+
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def tag(*parts: str) -> str:
+    """Join the non-empty parts with "/", each other than `[A-Za-z0-9_./-]` becoming "_".
+
+    >>> tag("", "attention", "entropy", "blocks.0.attn")
+    'attention/entropy/blocks.0.attn'
+    >>> tag("run 1", "loss")
+    'run_1/loss'
+    """
+    return re.sub(r"[^A-Za-z0-9_./-]", "_", "/".join(part.strip("/") for part in parts if part))
+
+
+def unwrapped(name: str) -> str:
+    """A module path or parameter name without the parts that wrappers add; the root is "root".
+
+    >>> unwrapped("_orig_mod.module.layers.0.weight"), unwrapped("")
+    ('layers.0.weight', 'root')
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS) or "root"
+
+
+def distinct(names: Iterable[str]) -> Iterator[str]:
+    """Yield the names, a repeated one with "_2", "_3", ... behind it, so that no tag is shared.
+
+    >>> list(distinct(["a", "b", "a"]))
+    ['a', 'b', 'a_2']
+    """
+    seen: dict[str, int] = {}
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        yield name if seen[name] == 1 else f"{name}_{seen[name]}"
+
+
+def module_names(model: nn.Module) -> dict[nn.Module, str]:
+    """Every module of `model` with its unwrapped path; a shared one with its first.
+
+    A wrapper and what it wraps have one path.
+    """
+    return {module: unwrapped(name) for name, module in model.named_modules()}
+
+
+def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Every parameter of `model` with its unwrapped name; a shared one with its first."""
+    named = list(model.named_parameters())
+    names = distinct(unwrapped(name) for name, _ in named)
+    return {parameter: name for (_, parameter), name in zip(named, names, strict=True)}
+
+
+def selector(include: Selector) -> Callable[[str], bool]:
+    """The predicate that `include` stands for.
+
+    >>> selector("layers.*")("layers.0"), selector(None)("any")
+    (True, True)
+
+    Raises:
+        TypeError: `include` is neither None, a glob, a sequence of globs nor a function.
+    """
+    if include is None:
+        return lambda name: True
+    if callable(include):
+        return include
+    globs = [include] if isinstance(include, str) else include
+    if not isinstance(globs, Sequence) or not all(isinstance(glob, str) for glob in globs):
+        raise TypeError(
+            "include= takes a glob such as 'layers.*', a sequence of globs or a function of the "
+            f"name, got {include!r}"
+        )
+    patterns = tuple(globs)
+    return lambda name: any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,79 @@
+"""Outbox: the readings of each number until they go out, as one event, each tag once.
+
+In: readings by number. Out: one event per number and prefix.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .names import tag
+from .readings import Readings, compose
+from .steps import Due
+from .writers import Event, is_main_rank, prefixed, write
+
+
+@dataclass
+class Batch:
+    """The readings of one number, until they are written."""
+
+    number: int
+    due: Due
+    prefix: str = ""
+    readings: Readings = field(default_factory=Readings)
+
+
+class Outbox:
+    """What waits to be written.
+
+    Args:
+        prefix: in front of every tag.
+        failed: called with what failed where a batch can't be written.
+    """
+
+    def __init__(self, writer: Any, prefix: str, failed: Callable[[str, Exception], None]) -> None:
+        self._writer, self._prefix, self._failed = writer, prefix, failed
+        self._waiting: list[Batch] = []
+        self._last: dict[str, tuple[int, set[str]]] = {}  # by prefix: the last number, its tags
+
+    def add(self, batch: Batch) -> None:
+        self._waiting.append(batch)
+
+    def send(self) -> None:
+        """Write what waits."""
+        waiting, self._waiting = self._waiting, []
+        for batch in waiting:
+            readings, batch.readings = batch.readings, Readings()
+            if self._writer is None or not is_main_rank():
+                continue
+            try:
+                event = prefixed(_whole_model(compose(readings)), tag(self._prefix, batch.prefix))
+                write(self._writer, self._unwritten(event, batch), batch.number)
+            except Exception as error:
+                self._failed("event file", error)
+
+    def flush(self) -> None:
+        """Write what waits, to the disk."""
+        self.send()
+        if self._writer is not None and is_main_rank():
+            try:
+                self._writer.flush()
+            except Exception as error:
+                self._failed("flush of the writer", error)
+
+    def _unwritten(self, event: Event, batch: Batch) -> Event:
+        """`event` without the tags that a flush in the middle of the step has written."""
+        number, tags = self._last.get(batch.prefix, (-1, set()))
+        if number != batch.number:
+            tags = set()
+        parts = [{t: v for t, v in part.items() if t not in tags} for part in vars(event).values()]
+        self._last[batch.prefix] = batch.number, tags.union(*parts)
+        return Event(*parts)
+
+
+def _whole_model(event: Event) -> Event:
+    """With the figures over all layers."""
+    entropies = [v for t, v in event.scalars.items() if t.startswith("attention/entropy/")]
+    if entropies:
+        event.scalars["attention/mean_entropy"] = sum(entropies) / len(entropies)
+    return event

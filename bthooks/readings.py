@@ -1,0 +1,113 @@
+"""Readings: what was measured for one step, and the event that it amounts to.
+
+In: measures by name, small tensors on their devices. Out: `Event`, after one device-to-host copy.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import attention, gradients
+from .histograms import Histogram, histogram
+from .names import distinct
+from .writers import Event, to_host
+
+
+@dataclass
+class Readings:
+    """What was measured for one step. Tensors stay on their devices until `compose`."""
+
+    scalars: dict[str, Tensor | float] = field(default_factory=dict)  # tag -> 0-d
+    means: dict[str, Tensor] = field(default_factory=dict)  # tag -> (2,): sum, count
+    norms: dict[str, Tensor] = field(default_factory=dict)  # parameter name -> 0-d
+    attention: dict[str, Tensor] = field(default_factory=dict)  # module path -> (heads, 12)
+    histograms: dict[str, Histogram] = field(default_factory=dict)  # tag -> buckets
+    samples: dict[str, Tensor] = field(default_factory=dict)  # tag -> (n,), drawn as histogram
+
+    def merge(self, other: "Readings") -> None:
+        """Take in what another forward or optimizer brought to the same step."""
+        for tag, sums in other.means.items():
+            self.means[tag] = self.means[tag] + sums if tag in self.means else sums
+        for path, sums in other.attention.items():
+            mine = self.attention.get(path)
+            self.attention[path] = sums if mine is None else attention.merge(mine, sums)
+        for tag, values in other.samples.items():
+            mine = self.samples.get(tag)
+            self.samples[tag] = values if mine is None else torch.cat([mine, values])
+        self.scalars |= other.scalars
+        self.norms |= other.norms
+        self.histograms |= other.histograms
+
+
+def compose(readings: Readings) -> Event:
+    """The event that `readings` amount to: one device-to-host copy per device, then floats."""
+    histograms = readings.histograms | {
+        tag: histogram(values) for tag, values in readings.samples.items()
+    }
+    tensors = [value for value in readings.scalars.values() if isinstance(value, Tensor)]
+    tensors += [*readings.means.values(), *readings.norms.values(), *readings.attention.values()]
+    host = iter(to_host([*tensors, *(part for h in histograms.values() for part in h)]))
+
+    scalars = {
+        tag: next(host).item() if isinstance(value, Tensor) else value
+        for tag, value in readings.scalars.items()
+    }
+    for tag in readings.means:
+        total, count = next(host).tolist()
+        if count:
+            scalars[tag] = total / count
+    norms = {name: next(host).item() for name in readings.norms}
+    scalars |= {f"gradients/norm/{name}": norm for name, norm in norms.items()}
+    scalars |= {f"gradients/{name}": value for name, value in gradients.summarize(norms).items()}
+    for path in readings.attention:
+        stats = attention.whole(next(host))
+        scalars |= {f"attention/{name}/{path}": value for name, value in stats.items()}
+    buckets = {tag: Histogram(*(next(host) for _ in Histogram._fields)) for tag in histograms}
+    for tag, histogram_ in buckets.items():
+        if nonfinite := histogram_.summary[5].item():
+            scalars[f"health/nonfinite/{tag.replace('/distribution', '', 1)}"] = nonfinite
+    return Event(scalars, buckets)
+
+
+def learning_rates(optimizer: Optimizer, index: int = 0) -> dict[str, Tensor | float]:
+    """The rate of each group by tag; `index` numbers the optimizer where there are several."""
+    groups = optimizer.param_groups
+    names = distinct(str(group.get("name", at)) for at, group in enumerate(groups))
+    start = f"learning_rate/{index}/" if index else "learning_rate/"
+    rates = (group["lr"] for group in groups)
+    # A scheduler changes a tensor rate in place: hence the copy.
+    return {
+        start + name: rate.detach().clone() if isinstance(rate, Tensor) else float(rate)
+        for name, rate in zip(names, rates, strict=True)
+    }
+
+
+def parameter_histograms(names: Mapping[nn.Parameter, str]) -> dict[str, Histogram]:
+    """The histograms of the parameters and of the gradients that are there, by tag."""
+    found = {f"parameters/{name}": histogram(p) for p, name in names.items()}
+    return found | {
+        f"gradients/distribution/{name}": histogram(p.grad)
+        for p, name in names.items()
+        if p.grad is not None
+    }
+
+
+@torch.no_grad()
+def uncertainties(found: Mapping[str, Tensor], distributions: bool = True) -> Readings:
+    """The means and distributions of the uncertainties by kind; both kinds add up to the total."""
+    values = {
+        kind: v.detach().to(torch.promote_types(v.dtype, torch.float32))
+        for kind, v in found.items()
+    }
+    if {"epistemic", "aleatoric"} <= values.keys() and "total" not in values:
+        values["total"] = values["epistemic"] + values["aleatoric"]
+    readings = Readings()
+    for kind, v in values.items():
+        readings.means[f"uncertainty/{kind}"] = torch.stack([v.sum(), v.new_tensor(v.numel())])
+        if distributions:
+            # A copy: the caller may overwrite its tensor before the step is over.
+            readings.samples[f"uncertainty/distribution/{kind}"] = v.flatten().clone()
+    return readings

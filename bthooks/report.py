@@ -1,0 +1,61 @@
+"""Report: what was captured, and what was not and why. Nothing is left unsaid, or said twice."""
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+
+class Report(NamedTuple):
+    """What was captured, by kind; what was selected and not seen, with the reason."""
+
+    captured: dict[str, tuple[str, ...]]
+    missed: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{kind} ({len(names)}): {', '.join(names[:8])}{', ...' * (len(names) > 8)}"
+            for kind, names in self.captured.items()
+        ]
+        lines += [f"not seen: {what}: {why}" for what, why in self.missed.items()]
+        return "\n".join(lines)
+
+
+class Ledger:
+    """Collects a `Report`, and warns once per site of what could not be measured.
+
+    Args:
+        strict: raise what fails instead of warning of it.
+    """
+
+    def __init__(self, strict: bool) -> None:
+        self._strict = strict
+        self._captured: dict[str, dict[str, None]] = {}
+        self._said: dict[str, str] = {}
+
+    def captured(self, kind: str, names: Iterable[str]) -> None:
+        self._captured.setdefault(kind, {}).update(dict.fromkeys(names))
+
+    def has(self, kind: str) -> bool:
+        return bool(self._captured.get(kind))
+
+    def say(self, site: str, why: str) -> None:
+        """Warn of `site`, the first time."""
+        if site in self._said:
+            return
+        self._said[site] = why
+        # Where the user turns warnings into errors, the report is all that is left to us:
+        # nothing of ours raises inside a training step.
+        with contextlib.suppress(Warning):
+            warnings.warn(f"bthooks: {site}: {why}", RuntimeWarning, stacklevel=2)
+
+    def failed(self, site: str, error: Exception) -> None:
+        """`site` could not be measured because of `error`."""
+        if self._strict:
+            raise error
+        self.say(site, f"not measured, {type(error).__name__}: {error}")
+
+    def report(self, unseen: Mapping[str, str]) -> Report:
+        """The report, with the reasons why kinds have not been seen so far."""
+        captured = {kind: tuple(names) for kind, names in self._captured.items() if names}
+        return Report(captured, dict(unseen) | self._said)

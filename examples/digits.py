@@ -1,0 +1,156 @@
+"""A Bayesian vision transformer learns handwritten digits, and shows what it does not know.
+
+    python examples/digits.py --backend torch
+
+Dropout stays on (MC dropout): several passes over one image disagree where the model has seen
+nothing like it, which is its epistemic uncertainty. A second head predicts the variance of the
+logits: the aleatoric uncertainty, which more data would not remove. The training loop knows
+nothing of logging: one `attach` sees attention, gradients, learning rate, uncertainties and
+histograms.
+"""
+
+import argparse
+import time
+
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import bthooks
+
+
+class Dropout(nn.Module):
+    """Dropout that is on in eval mode too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.1, training=True)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), Dropout(), nn.Linear(2 * width, width)
+        )
+        self.drop = Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, L, H, d) -> (B, H, L, d)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.drop(self.out(y))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+class BayesianViT(nn.Module):
+    """Images `(B, 8, 8)` to probabilities `(B, 10)` and their uncertainties `(B,)`."""
+
+    def __init__(self, width: int = 64, heads: int = 4, layers: int = 3) -> None:
+        super().__init__()
+        self.patch = nn.Linear(4, width)
+        self.position = nn.Parameter(torch.randn(16, width) / 2)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.mean, self.variance = nn.Linear(width, 10), nn.Linear(width, 10)
+        nn.init.constant_(self.variance.bias, -3.0)
+
+    def forward(self, images: Tensor, samples: int = 2) -> dict[str, Tensor]:
+        x = images.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3).flatten(1, 2)  # (B, 16, 4)
+        x = (self.patch(x) + self.position).repeat(samples, 1, 1)  # (S * B, 16, width)
+        x = self.norm(self.blocks(x).mean(1))
+        variance = F.softplus(self.variance(x))
+        logits = self.mean(x) + variance.sqrt() * torch.randn_like(variance)
+        p = logits.softmax(-1).unflatten(0, (samples, -1))  # (S, B, 10)
+        mean = p.mean(0)
+        disagreement = torch.special.entr(mean).sum(-1) - torch.special.entr(p).sum(-1).mean(0)
+        return {
+            "probabilities": mean,
+            "epistemic_uncertainty": disagreement,  # mutual information, nats
+            "aleatoric_uncertainty": variance.mean(-1).unflatten(0, (samples, -1)).mean(0),
+        }
+
+
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training and test images `(N, 8, 8)` in 0..1 with their labels."""
+    data = load_digits()
+    split = train_test_split(
+        data.images / 16, data.target, test_size=0.2, stratify=data.target, random_state=0
+    )
+    x, x_test, y, y_test = (torch.from_numpy(part) for part in split)
+    return x.float(), y, x_test.float(), y_test
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, images: Tensor, labels: Tensor, samples: int
+) -> tuple[float, dict[str, Tensor]]:
+    model.eval()
+    output = model(images, samples)
+    return (output["probabilities"].argmax(-1) == labels).float().mean().item(), output
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", choices=["torch", "tensorboardX"], default="torch")
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--log-dir", default="runs")
+    args = parser.parse_args(arguments)
+
+    torch.manual_seed(0)
+    x, y, x_test, y_test = digits()
+    model = BayesianViT()
+    rate, batch_size = 3e-3, 64
+    steps = args.epochs * (len(x) // batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    writer = bthooks.make_writer(args.log_dir, backend=args.backend)
+    handle = bthooks.attach(model, writer, every=20, histograms_every=200)
+
+    start = time.perf_counter()
+    progress = tqdm(range(args.epochs), unit="epoch")
+    for _ in progress:
+        model.train()
+        for batch in torch.randperm(len(x)).split(batch_size)[: len(x) // batch_size]:
+            probabilities = model(x[batch])["probabilities"]
+            loss = F.nll_loss(probabilities.clamp_min(1e-9).log(), y[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        accuracy, _ = evaluate(model, x_test, y_test, samples=2)
+        progress.set_postfix(loss=f"{loss.item():.3f}", test_accuracy=f"{accuracy:.3f}")
+    seconds = time.perf_counter() - start
+    handle.detach()
+    print(handle.report())
+
+    figures = {}
+    for name, images in (("upright", x_test), ("rotated", x_test.rot90(1, (1, 2)))):
+        accuracy, output = evaluate(model, images, y_test, samples=16)
+        epistemic, aleatoric = output["epistemic_uncertainty"], output["aleatoric_uncertainty"]
+        bthooks.log_metrics(writer, {"accuracy": accuracy}, steps, prefix=f"test/{name}")
+        bthooks.log_uncertainty_metrics(
+            writer, epistemic, steps, aleatoric=aleatoric, prefix=f"test/{name}"
+        )
+        figures |= {f"{name}_accuracy": accuracy, f"{name}_epistemic": epistemic.mean().item()}
+    hparams = {"rate": rate, "batch_size": batch_size, "epochs": args.epochs, "dropout": 0.1}
+    bthooks.log_hparams(writer, hparams, figures)
+    writer.close()
+
+    print(f"trained in {seconds:.0f} s, test accuracy {figures['upright_accuracy']:.1%}")
+    print(
+        f"epistemic uncertainty: {figures['upright_epistemic']:.3f} nats upright, "
+        f"{figures['rotated_epistemic']:.3f} nats rotated"
+    )
+    print(f"tensorboard --logdir {args.log_dir}")
+    return figures | {"seconds": seconds}
+
+
+if __name__ == "__main__":
+    main()

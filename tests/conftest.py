@@ -1,0 +1,70 @@
+"""What the tests share: event files read back."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
+
+BACKENDS = ("torch", "tensorboardX")
+
+
+@dataclass
+class Run:
+    """An event file as TensorBoard reads it: by tag, (step, value) in the order of writing."""
+
+    files: int
+    scalars: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    histograms: dict[str, list[tuple]] = field(default_factory=dict)
+    images: dict[str, list[tuple[int, bytes]]] = field(default_factory=dict)
+    texts: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+
+    def value(self, tag: str, step: int) -> float:
+        (value,) = (v for s, v in self.scalars[tag] if s == step)
+        return value
+
+    def group(self, start: str, step: int) -> dict[str, float]:
+        """The scalars at `step` under `start`, by the rest of the tag."""
+        return {
+            tag[len(start) :]: value
+            for tag, points in self.scalars.items()
+            for at, value in points
+            if tag.startswith(start) and at == step
+        }
+
+
+def read(directory: Path | str) -> Run:
+    """The one run in or below `directory`."""
+    files = list(Path(directory).rglob("events.out.tfevents.*"))
+    (directory,) = {file.parent for file in files}
+    events = EventAccumulator(
+        str(directory),
+        dict.fromkeys(("scalars", "histograms", "images", "tensors", "compressedHistograms"), 0),
+    )
+    events.Reload()
+    tags = events.Tags()
+    run = Run(files=len(files))
+    for tag in tags["scalars"]:
+        run.scalars[tag] = [(e.step, e.value) for e in events.Scalars(tag)]
+        steps = [step for step, _ in run.scalars[tag]]
+        assert steps == sorted(set(steps)), f"{tag}: steps {steps}"
+    for tag in tags["histograms"]:
+        run.histograms[tag] = [(e.step, e.histogram_value) for e in events.Histograms(tag)]
+    for tag in tags["images"]:
+        run.images[tag] = [(e.step, e.encoded_image_string) for e in events.Images(tag)]
+    for tag in tags["tensors"]:
+        values = [(e.step, tensor_util.make_ndarray(e.tensor_proto)) for e in events.Tensors(tag)]
+        run.texts[tag] = [(step, value.item().decode()) for step, value in values]
+    return run
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

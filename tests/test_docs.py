@@ -1,0 +1,157 @@
+"""What is written about the code is true: examples, tag tables, the order of imports."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import bthooks
+
+from .conftest import read
+from .models import Transformer, batch
+
+PACKAGE = Path(bthooks.__file__).parent
+MODULES = sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE)]))
+PURE = {"names", "attention", "gradients", "histograms", "uncertainty"}
+ORDER = [  # a module imports those behind it only
+    "attach",
+    "handle",
+    "log",
+    "outbox",
+    "readings",
+    "capture",
+    "report",
+    "steps",
+    "writers",
+    "attention",
+    "gradients",
+    "histograms",
+    "uncertainty",
+    "names",
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_run(name, tmp_path):
+    module = importlib.import_module(f"bthooks.{name}")
+    with bthooks.make_writer(tmp_path, "run") as writer:
+        failed, _ = doctest.testmod(module, extraglobs={"writer": writer})
+    assert failed == 0
+
+
+def test_every_public_function_has_an_example():
+    for name in bthooks.__all__:
+        value = getattr(bthooks, name)
+        assert value.__doc__, name
+        if inspect.isfunction(value):
+            assert ">>>" in value.__doc__, name
+    assert list(bthooks.__all__) == sorted(bthooks.__all__)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name):
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    ours = {
+        module.name if node.module is None else node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level
+        for module in node.names
+    }
+    assert ours <= set(ORDER[ORDER.index(name) + 1 :])
+    if name in PURE:
+        others = {
+            part.split(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            if not getattr(node, "level", 0)
+            for part in (
+                [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+            )
+        }
+        assert others <= {"torch", "math", "typing", "collections", "fnmatch", "functools", "re"}
+        assert ours <= PURE
+
+
+def patterns(function):
+    """The tags in the table of a docstring, as regular expressions."""
+    cells = re.findall(r"^\s*\| (`.*?) \|", function.__doc__, re.MULTILINE)
+    tags = [tag for cell in cells for tag in re.findall(r"`([^`]+)`", cell)]
+    return [
+        re.compile(
+            re.sub(r"<\w+>", "[^/]+", re.escape(tag).replace(r"\<", "<").replace(r"\>", ">"))
+        )
+        for tag in tags
+    ]
+
+
+def model_with_gradients():
+    model = Transformer()
+    model(batch(0)[0])["logits"].sum().backward()
+    next(model.parameters()).grad[0] = torch.nan
+    model.head.weight.data[0, 0] = torch.inf
+    return model
+
+
+CALLS = {
+    "log_metrics": lambda w: bthooks.log_metrics(w, {"loss": 1.0}, 0),
+    "log_learning_rate": lambda w: bthooks.log_learning_rate(
+        w, torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), 0
+    ),
+    "log_gradients": lambda w: bthooks.log_gradients(w, model_with_gradients(), 0),
+    "log_attention_stats": lambda w: bthooks.log_attention_stats(
+        w, torch.full((1, 2, 4, 4), 0.25), 0
+    ),
+    "log_uncertainty_metrics": lambda w: bthooks.log_uncertainty_metrics(
+        w, torch.ones(3), 0, aleatoric=torch.ones(3)
+    ),
+    "log_model_histograms": lambda w: bthooks.log_model_histograms(w, model_with_gradients(), 0),
+    "log_activations": lambda w: bthooks.log_activations(
+        w, {"a": torch.tensor([1.0, torch.nan])}, 0
+    ),
+    "log_text": lambda w: bthooks.log_text(w, "tag", "text", 0),
+    "log_hparams": lambda w: bthooks.log_hparams(w, {"lr": 1}, {"accuracy": 1}),
+}
+
+
+def attached(writer):
+    model = Transformer()
+    kinds = (*bthooks.handle.KINDS, *bthooks.handle.ON_REQUEST)
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.blocks, model.head)]
+    with bthooks.attach(model, writer, capture=kinds):
+        for optimizer in optimizers:
+            model(batch(0)[0])["logits"].sum().backward()
+            optimizer.step()
+        model.eval()
+        model(batch(0)[0])
+
+
+@pytest.mark.parametrize("name", [*CALLS, "attach"])
+def test_the_tag_table_is_what_is_written(name, tmp_path):
+    with bthooks.make_writer(tmp_path, "run") as writer:
+        (CALLS.get(name) or attached)(writer)
+    run = read(tmp_path)
+    texts = {tag.removesuffix("/text_summary") for tag in run.texts}
+    tags = {
+        tag for tag in {*run.scalars, *run.histograms, *texts} if not tag.startswith("_hparams_")
+    }
+    table = patterns(getattr(bthooks, name))
+    if name == "attach":
+        assert any(tag.startswith("val/") for tag in tags)
+        tags = {tag.removeprefix("val/") for tag in tags}
+        table = [p for p in table if "val" not in p.pattern]
+    if name == "log_text":
+        assert tags == {"tag"}
+        return
+    for tag in tags:
+        assert any(pattern.fullmatch(tag) for pattern in table), tag
+    for pattern in table:
+        assert any(pattern.fullmatch(tag) for tag in tags), pattern.pattern

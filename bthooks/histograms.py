@@ -76,7 +76,7 @@ def histogram(tensor: Tensor) -> Histogram:
     nonfinite = _up_to(minus_inf, edges, below)  # (1,)
     # The fractions (1 - cos(pi k / M)) / 2: steps of 0.007 % at the ends, 0.8 % in the middle.
     fractions = torch.hann_window(2 * _MASS, dtype=wide, device=device)[1 : _MASS + 1]
-    ranks = (fractions * (n - nonfinite)).to(torch.int64) + nonfinite  # (M,)
+    ranks = (fractions * (n - 1 - nonfinite)).to(torch.int64) + nonfinite  # (M,)
     keys = _limits(edges, below, spare, marks, ranks)  # (B,)
     counts = _up_to(keys, edges, below).diff(prepend=nonfinite)
     lost = nonfinite[0]
@@ -142,7 +142,7 @@ def _keys(values: Tensor) -> Tensor:
 
 def _numbers(keys: Tensor) -> Tensor:
     """The float32 numbers of keys, infinity as the largest number."""
-    return keys.abs().view(torch.float32).clamp(max=_LARGEST).copysign(keys)
+    return keys.abs().clamp_(max=-_MINUS_INF - 1).view(torch.float32).copysign(keys)
 
 
 def _sort(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,13 +180,11 @@ def _count(chunks: tuple[Tensor, ...], marks: Tensor) -> tuple[Tensor, Tensor, T
 
 def _limits(edges: Tensor, below: Tensor, spare: Tensor, marks: Tensor, ranks: Tensor) -> Tensor:
     """The keys of the buckets' right edges, in order: (B,), B = M + W + 4."""
-    mass = torch.searchsorted(below[1:], ranks, right=True).clamp_(max=edges.numel() - 1)
-    mass = edges.take(mass)  # (M,)
+    mass = edges.take(torch.searchsorted(below[1:], ranks, right=True))  # (M,)
     # A value or fine bin that holds two ranks is heavy: the first becomes its left edge.
-    mass = mass - (mass == mass.roll(-1)) * (spare + 1)
-    left = marks[:: _WIDTH + 1] - spare - 1  # (2,) the left edges of min and 0
-    keys = torch.cat([mass, marks, left]).clamp_(min=_MINUS_INF + 1)
-    return ((keys + spare) & ~spare).sort().values
+    mass = mass - (mass == mass.roll(-1)).to(torch.int32)
+    left = marks[:: _WIDTH + 1] - 1  # (2,) the left edges of min and 0
+    return (torch.cat([mass, marks + spare, left]) & ~spare).sort().values
 
 
 def _up_to(keys: Tensor, edges: Tensor, below: Tensor) -> Tensor:

@@ -155,3 +155,18 @@ def test_the_tag_table_is_what_is_written(name, tmp_path):
         assert any(pattern.fullmatch(tag) for pattern in table), tag
     for pattern in table:
         assert any(pattern.fullmatch(tag) for tag in tags), pattern.pattern
+
+
+README = (PACKAGE.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_examples_in_the_readme_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert read(tmp_path).scalars
+
+
+def test_every_call_in_the_readme_exists():
+    for name in set(re.findall(r"bthooks\.(\w+)", README)):
+        assert hasattr(bthooks, name), name

@@ -1,0 +1,245 @@
+import contextlib
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import nn
+from torch.nn import functional as F
+
+from bthooks import attach
+
+from .conftest import read
+from .models import SelfAttention, Transformer, batch, entropy
+
+
+def observed(model, x, tmp_path, context=contextlib.nullcontext, **arguments):
+    """The entropies of one forward by path, the output with us, and the one without."""
+    with torch.random.fork_rng(), context():
+        plain = model(x)
+    with attach(model, tmp_path, every=1, on_error="raise", **arguments) as handle:
+        with torch.random.fork_rng(), context():
+            seen = model(x)
+        handle.flush()
+    start = "attention/entropy/" if model.training else "val/attention/entropy/"
+    run = read(tmp_path)
+    return run.group(start, 0), seen, plain, handle.report()
+
+
+class Calls(nn.Module):
+    """One attention module called several times in a forward."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.attention, self.times = SelfAttention(), times
+
+    def forward(self, x):
+        for _ in range(self.times):
+            x = self.attention(x)
+        return x
+
+    def truth(self, x):
+        entropies = []
+        for _ in range(self.times):
+            entropies.append(entropy(self.attention.probabilities(x)))
+            x = self.attention(x)
+        return entropies
+
+
+@pytest.mark.parametrize("times", [1, 2, 4])
+def test_further_maps_of_a_module_are_numbered(times, tmp_path):
+    model, (x, _) = Calls(times), batch(0)
+    found, *_ = observed(model, x, tmp_path)
+    names = ["attention", "attention/1", "attention/2", "attention/3"][:times]
+    assert found == pytest.approx(dict(zip(names, model.truth(x), strict=True)), abs=1e-4)
+
+
+def test_more_than_four_are_averaged(tmp_path):
+    model, (x, _) = Calls(7), batch(0)
+    found, *_ = observed(model, x, tmp_path)
+    assert found == pytest.approx({"attention": sum(model.truth(x)) / 7}, abs=1e-4)
+
+
+def test_a_root_that_attends_is_called_root(tmp_path):
+    model, (x, _) = SelfAttention(), batch(0)
+    found, *_ = observed(model, x, tmp_path)
+    assert found == pytest.approx({"root": entropy(model.probabilities(x))}, abs=1e-4)
+
+
+def test_a_shared_module_has_its_first_path(tmp_path):
+    model, (x, _) = nn.Sequential(SelfAttention()), batch(0)
+    model.add_module("again", model[0])
+    found, *_ = observed(model, x, tmp_path)
+    assert found.keys() == {"0", "0/1"}
+
+
+CONTEXTS = {
+    "grad": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+# A forward in training mode without gradients, before any step, is inference.
+@pytest.mark.parametrize(
+    ("context", "training"),
+    [
+        (name, mode)
+        for name in CONTEXTS
+        for mode in (True, False)
+        if not mode or name in ("grad", "autocast")
+    ],
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_outputs_are_bit_identical_and_entropies_true(context, training, causal, tmp_path):
+    model, (x, _) = SelfAttention(causal=causal).train(training), batch(0)
+    with CONTEXTS[context]() if context == "autocast" else contextlib.nullcontext():
+        truth = entropy(model.probabilities(x))
+    found, seen, plain, _ = observed(model, x, tmp_path, CONTEXTS[context], attention_rows=None)
+    assert torch.equal(seen, plain)
+    tolerance = 2e-2 if context == "autocast" else 1e-5
+    assert found == pytest.approx({"root": truth}, abs=tolerance)
+
+
+def test_multihead_attention_in_training(tmp_path):
+    model = nn.MultiheadAttention(16, 4, batch_first=True)
+    root = nn.ModuleDict({"cross": model})
+    root.forward = lambda pair: model(*pair, need_weights=False)[0]
+    q, memory = torch.randn(2, 5, 16) * 4, torch.randn(2, 9, 16) * 4
+    found, *_ = observed(root, (q, memory, memory), tmp_path)
+    weights = model(q, memory, memory, average_attn_weights=False)[1]
+    assert found == pytest.approx({"cross": entropy(weights.double())}, abs=1e-5)
+
+
+class Grouped(nn.Module):
+    def forward(self, q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True)
+
+
+def test_grouped_heads_masks_and_scale(tmp_path):
+    q, k, v = (torch.randn(2, heads, 6, 8) * 3 for heads in (4, 2, 2))
+    mask = torch.rand(2, 1, 6, 6) < 0.6
+    mask[..., 0] = True
+    model = Grouped()
+    with attach(model, tmp_path, every=1):
+        model(q, k, v, mask)
+    scores = q.double() @ k.double().repeat_interleave(2, 1).transpose(-1, -2) * 0.3
+    truth = entropy(scores.masked_fill(~mask, -torch.inf).softmax(-1))
+    assert read(tmp_path).value("attention/entropy/root", 0) == pytest.approx(truth, abs=1e-5)
+
+
+@pytest.mark.parametrize("compiled", ["block", "whole", "fullgraph inside"])
+def test_compiled_models_stay_compiled(compiled, tmp_path):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    plain = Transformer().eval()
+    model = Transformer().eval()
+    model.load_state_dict(plain.state_dict())
+    if compiled == "whole":
+        model = torch.compile(model, backend=counter)
+    else:
+        for block in model.blocks:
+            block.attention.compile(backend=counter, fullgraph=compiled != "block")
+    x, _ = batch(0)
+    with torch.no_grad():
+        model(x)
+        frames = counter.frame_count
+        with attach(model, tmp_path, every=1, on_error="raise"):
+            for _ in range(5):
+                output = model(x)
+        expected = plain(x)
+    assert frames > 0
+    assert counter.frame_count == frames
+    torch.testing.assert_close(output["logits"], expected["logits"])
+    run = read(tmp_path)
+    names = (
+        {"root", "root/1"} if compiled == "whole" else {"blocks.0.attention", "blocks.1.attention"}
+    )
+    assert run.group("val/attention/entropy/", 4).keys() == names
+
+
+def test_a_model_compiled_after_attach_is_left_alone_and_said(tmp_path):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    inner = Transformer()
+    optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
+    with pytest.warns(RuntimeWarning, match=r"after torch\.compile to what it returns"):
+        handle = attach(inner, tmp_path, every=1)
+        model = torch.compile(inner, backend=counter)
+        for step in range(4):
+            model(batch(step)[0])["logits"].sum().backward()
+            optimizer.step()
+        handle.detach()
+    assert counter.frame_count == 1
+    assert "attach to the module that the loop calls" in handle.report().missed["attention"]
+    assert [s for s, _ in read(tmp_path).scalars["gradients/total_norm"]] == [0, 1, 2, 3]
+
+
+def test_flex_attention_passes(tmp_path):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    class Flex(nn.Module):
+        def forward(self, x):
+            return flex_attention(x, x, x)
+
+    x = torch.randn(1, 2, 16, 8)
+    model = Flex()
+    expected = model(x)
+    with attach(model, tmp_path, every=1, on_error="raise") as handle:
+        assert torch.equal(model(x), expected)
+    assert "attention" in handle.report().missed
+
+
+def test_a_failure_to_measure_is_said_and_the_output_stands(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("bthooks.capture.sums_of_query_key", fail)
+    model, (x, _) = SelfAttention(), batch(0)
+    expected = model(x)
+    with pytest.warns(RuntimeWarning, match="OutOfMemoryError: no memory") as caught:
+        with attach(model, tmp_path, every=1) as handle:
+            assert torch.equal(model(x), expected)
+            assert torch.equal(model(x), expected)
+    assert len(caught) == 1
+    assert "no memory" in str(handle.report())
+
+
+def test_gradients_flow_through_an_observed_forward(tmp_path):
+    model, (x, _) = SelfAttention(), batch(0)
+    model(x).sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with attach(model, tmp_path, every=1):
+        model(x).sum().backward()
+    assert all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True))
+
+
+def test_own_modes_are_left_where_they_are(tmp_path):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, (x, _) = SelfAttention(), batch(0)
+    with FlopCounterMode(display=False) as plain:
+        model(x)
+    with FlopCounterMode(display=False) as counted, attach(model, tmp_path, every=1):
+        model(x)
+    assert counted.get_total_flops() >= plain.get_total_flops()
+    assert read(tmp_path).group("attention/entropy/", 0).keys() == {"root"}
+
+
+def test_recursion_of_the_root_is_one_forward(tmp_path):
+    class Tree(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = SelfAttention()
+
+        def forward(self, x, depth=2):
+            x = self.attention(x)
+            return self(x, depth - 1) if depth else x
+
+    model, (x, _) = Tree(), batch(0)
+    with attach(model, tmp_path, every=1):
+        model(x)
+    run = read(tmp_path)
+    assert run.group("attention/entropy/", 0).keys() == {"attention", "attention/1", "attention/2"}
+    assert torch._C._len_torch_dispatch_stack() == 0

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 _MASS, _WIDTH = 194, 90  # edges by mass; parts of [min, max], three to a bin that is drawn
-_SORTED = 1 << 12  # up to here sorting costs less than the fine bins
+_SORTED = 10_000  # up to here sorting costs less than the fine bins, or as much on one thread
 _BINS = 1 << 17  # 8 or 9 bits of mantissa if there are both signs, more if not
-_CHUNK = 1 << 20  # computed at a time: bounds the memory
+_CHUNK = 1 << 19  # computed at a time: bounds the memory; 10 to 20 % faster than 1 << 20
 _LARGEST = torch.finfo(torch.float32).max
 _MINUS_INF, _MAGNITUDE = -0x7F800000, 0x7FFFFFFF
 
@@ -77,7 +77,7 @@ def histogram(tensor: Tensor) -> Histogram:
     # The fractions (1 - cos(pi k / M)) / 2: steps of 0.007 % at the ends, 0.8 % in the middle.
     fractions = torch.hann_window(2 * _MASS, dtype=wide, device=device)[1 : _MASS + 1]
     ranks = (fractions * (n - 1 - nonfinite)).to(torch.int64) + nonfinite  # (M,)
-    keys = _limits(edges, below, spare, marks, ranks)  # (B,)
+    keys = _limits(edges, below, spare, marks, ranks.clamp_(max=n - 1))  # (B,)
     counts = _up_to(keys, edges, below).diff(prepend=nonfinite)
     lost = nonfinite[0]
     summary = torch.stack([low, high, n - lost, sums.sum(), squares.sum(), lost])
@@ -162,11 +162,11 @@ def _count(chunks: tuple[Tensor, ...], marks: Tensor) -> tuple[Tensor, Tensor, T
     doublings = torch.arange(18, dtype=torch.int64, device=device)
     shift = (span >> doublings > _BINS - 2).sum(dtype=torch.int32)  # the smallest that suffices
     spare = (1 << shift) - 1
-    first = (low + spare) >> shift
+    none = ((low + spare) >> shift) - 1
 
     def count(chunk: Tensor) -> Tensor:
         index = _keys(_float(chunk, -math.inf)).add_(spare)
-        index = index.bitwise_right_shift_(shift).sub_(first - 1).clamp_(min=0)
+        index = index.bitwise_right_shift_(shift).clamp_(min=none).sub_(none)
         if device.type == "cpu":
             return torch.bincount(index, minlength=_BINS + 1)
         counts = torch.zeros(_BINS + 1, dtype=torch.int64, device=device)
@@ -174,8 +174,9 @@ def _count(chunks: tuple[Tensor, ...], marks: Tensor) -> tuple[Tensor, Tensor, T
         return counts.index_add_(0, index, ones)  # here bincount would read back from the device
 
     below = reduce(Tensor.add_, map(count, chunks)).cumsum_(0)
-    edges = torch.arange(_BINS, dtype=torch.int32, device=device).add_(first)
-    return edges.bitwise_left_shift_(shift), below, spare
+    edges = torch.arange(_BINS, dtype=torch.int32, device=device).add_(none + 1)
+    edges = edges.clamp_(max=_MAGNITUDE >> shift).bitwise_left_shift_(shift)  # without overflow
+    return edges, below, spare
 
 
 def _limits(edges: Tensor, below: Tensor, spare: Tensor, marks: Tensor, ranks: Tensor) -> Tensor:
@@ -184,9 +185,12 @@ def _limits(edges: Tensor, below: Tensor, spare: Tensor, marks: Tensor, ranks: T
     # A value or fine bin that holds two ranks is heavy: the first becomes its left edge.
     mass = mass - (mass == mass.roll(-1)).to(torch.int32)
     left = marks[:: _WIDTH + 1] - 1  # (2,) the left edges of min and 0
-    return (torch.cat([mass, marks + spare, left]) & ~spare).sort().values
+    keys = torch.cat([mass, marks + spare, left])
+    return (keys.clamp_(min=_MINUS_INF + 1 + spare) & ~spare).sort().values
 
 
 def _up_to(keys: Tensor, edges: Tensor, below: Tensor) -> Tensor:
     """How many values lie up to each key."""
-    return below.take(torch.searchsorted(edges, keys, right=True))
+    # Above 200 keys searchsorted starts threads: 8 ms in all on two cores that are busy.
+    found = [torch.searchsorted(edges, part, right=True) for part in keys.split(200)]
+    return below.take(torch.cat(found))

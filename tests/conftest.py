@@ -8,6 +8,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
+# The models are small: where cores are shared, a second thread spins 10 times longer than it works.
+torch.set_num_threads(1)
+
 BACKENDS = ("torch", "tensorboardX")
 
 

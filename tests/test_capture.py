@@ -163,13 +163,17 @@ def test_a_model_compiled_after_attach_is_left_alone_and_said(tmp_path):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     inner = Transformer()
     optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
-    with pytest.warns(RuntimeWarning, match=r"after torch\.compile to what it returns"):
-        handle = attach(inner, tmp_path, every=1)
-        model = torch.compile(inner, backend=counter)
+    handle = attach(inner, tmp_path, every=1)
+    model = torch.compile(inner, backend=counter)
+
+    def steps():
         for step in range(4):
             model(batch(step)[0])["logits"].sum().backward()
             optimizer.step()
-        handle.detach()
+
+    with pytest.warns(RuntimeWarning, match=r"after torch\.compile to what it returns"):
+        steps()
+    handle.detach()
     assert counter.frame_count == 1
     assert "attach to the module that the loop calls" in handle.report().missed["attention"]
     assert [s for s, _ in read(tmp_path).scalars["gradients/total_norm"]] == [0, 1, 2, 3]
@@ -197,10 +201,12 @@ def test_a_failure_to_measure_is_said_and_the_output_stands(tmp_path, monkeypatc
     monkeypatch.setattr("bthooks.capture.sums_of_query_key", fail)
     model, (x, _) = SelfAttention(), batch(0)
     expected = model(x)
-    with pytest.warns(RuntimeWarning, match="OutOfMemoryError: no memory") as caught:
-        with attach(model, tmp_path, every=1) as handle:
-            assert torch.equal(model(x), expected)
-            assert torch.equal(model(x), expected)
+    with (
+        attach(model, tmp_path, every=1) as handle,
+        pytest.warns(RuntimeWarning, match="OutOfMemoryError: no memory") as caught,
+    ):
+        found = [model(x), model(x)]
+    assert all(torch.equal(output, expected) for output in found)
     assert len(caught) == 1
     assert "no memory" in str(handle.report())
 

@@ -6,6 +6,7 @@ Out: one value per statistic, per head or for the whole map.
 """
 
 import math
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -104,17 +105,14 @@ def sums_of_query_key(
     keys = key.shape[-2]
     dtype = torch.promote_types(query.dtype, torch.float32)
     scale = width**-0.5 if scale is None else scale
-    index = torch.arange(length, device=query.device)
-    if rows is not None and rows < length:
-        index = (2 * index[:rows] + 1) * length // (2 * rows)
     k = key.to(dtype)
     if key.shape[1] != heads:
         k = k.repeat_interleave(heads // key.shape[1], dim=1)
     k = k.transpose(-1, -2)  # (B, H, d, S)
     if mask is not None:
         mask = mask.expand(batch, heads, mask.shape[-2] if mask.dim() > 1 else 1, keys)
-    sums: Tensor | None = None
-    for at in index.split(max(1, _BLOCK // max(1, batch * heads * keys))):
+    sums: list[Tensor] = []
+    for at in _row_blocks(length, rows, batch * heads * keys, query.device):
         q = query.index_select(-2, at).to(dtype) * scale  # (B, H, r, d)
         scores = q @ k  # (B, H, r, d) x (B, H, d, S) -> (B, H, r, S)
         if mask is not None:
@@ -126,14 +124,37 @@ def sums_of_query_key(
         if is_causal:
             column = torch.arange(keys, device=query.device)
             scores.masked_fill_(column > at[:, None], -torch.inf)
-        block = sums_of_scores(scores)
-        sums = block if sums is None else merge(sums, block)
-    return torch.zeros(heads, 12, device=query.device, dtype=dtype) if sums is None else sums
+        sums.append(_sums_of_block(scores))
+    return reduce(merge, sums)
 
 
 @torch.no_grad()
-def sums_of_scores(scores: Tensor) -> Tensor:
-    """The sums of one map from its scores `(batch, heads, rows, key)`, which are overwritten.
+def sums_of_scores(scores: Tensor, *, rows: int | None = None) -> Tensor:
+    """The sums of one map from the scores `(batch, heads, L, S)` of its softmax: `(heads, 12)`.
+
+    A key that is not seen has a score of -1e4 or below. `rows` as in `sums_of_query_key`.
+    """
+    batch, heads, length, keys = scores.shape
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    sums: list[Tensor] = []
+    for at in _row_blocks(length, rows, batch * heads * keys, scores.device):
+        block = scores.index_select(-2, at).to(dtype)  # (B, H, r, S)
+        sums.append(_sums_of_block(block.masked_fill_(block <= _BLOCKED, -torch.inf)))
+    return reduce(merge, sums)
+
+
+def _row_blocks(
+    length: int, rows: int | None, row_size: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    """The rows that are looked at, evenly spread, so many at a time that memory stays bounded."""
+    index = torch.arange(length, device=device)
+    if rows is not None and rows < length:
+        index = (2 * index[:rows] + 1) * length // (2 * rows)
+    return torch.split(index, max(1, _BLOCK // max(1, row_size)))
+
+
+def _sums_of_block(scores: Tensor) -> Tensor:
+    """The sums of the scores `(batch, heads, rows, key)`, which are overwritten.
 
     A key that is not seen has score -inf.
     """

@@ -1,7 +1,7 @@
 """Capture: the attention maps that the dispatcher sees during one forward, and who ran them.
 
 In: every operator that runs while the mode is entered; each passes through untouched.
-Out: the sums of each attention map by the path of the module that ran it; activations.
+Out: the sums of each attention map, with the path of the module that ran it.
 
 In the manner of `torch.utils.flop_counter`. It sits below autograd and autocast, so that it sees
 the operators that really run, fast paths included, and changes none of them.
@@ -9,8 +9,7 @@ the operators that really run, fast paths included, and changes none of them.
 
 import functools
 import sys
-import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -23,14 +22,11 @@ from torch.utils._python_dispatch import (
     _pop_mode,
     _push_mode,
 )
-from torch.utils.hooks import RemovableHandle
 
-from .attention import merge, sums_of_query_key
-from .histograms import Histogram, histogram
-from .names import module_names
+from .attention import sums_of_query_key
+from .provenance import Provenance
 
 _CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
-_SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _MASKS = ("attn_mask", "attn_bias")
 
 
@@ -62,26 +58,31 @@ class AttentionMode(TorchDispatchMode):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's, not annotated
         self._paths, self._found, self._rows, self._failed = paths, found, rows, failed
+        parameters = (p for module in paths for p in module._parameters.values() if p is not None)
+        self._provenance = Provenance(parameters, self._map, rows)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is _SDPA:  # arrives whole under inference_mode
+        if _arrives_whole(func) and not any(isinstance(a, Tensor) and a.is_nested for a in args):
             with self:
                 return func.decompose(*args, **kwargs)
         output = func(*args, **kwargs)
-        if names := _fused_attention(func):
-            try:
-                self._measure(dict(zip(names, args, strict=False)) | kwargs)
-            except Exception as error:
-                self._failed(f"attention of {func.name()}", error)
+        try:
+            self._look(func, args, kwargs, output)
+        except Exception as error:
+            self._failed(f"attention of {func}", error)
         return output
 
-    def _measure(self, given: Mapping[str, Any]) -> None:
+    def _look(self, func: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
+        name, arguments = _signature(func)
+        if arguments is None:
+            self._provenance.follow(name, args, output)
+            return
+        given = dict(zip(arguments, args, strict=False)) | kwargs
         query, key = given["query"], given["key"]
-        path = self._innermost()
-        if path is None or query.numel() == 0 or key.numel() == 0:
+        if query.numel() == 0 or key.numel() == 0:
             return
         with torch.autocast(query.device.type, enabled=False):
             sums = sums_of_query_key(
@@ -92,7 +93,12 @@ class AttentionMode(TorchDispatchMode):
                 scale=given.get("scale"),
                 rows=self._rows,
             )
-        self._found(path, sums)
+        self._map(sums)
+
+    def _map(self, sums: Tensor) -> None:
+        path = self._innermost()
+        if path is not None:
+            self._found(path, sums)
 
     def _innermost(self) -> str | None:
         """The path of the innermost module on the Python stack.
@@ -133,103 +139,24 @@ def leave(mode: TorchDispatchMode) -> None:
 
 
 @functools.cache
-def _fused_attention(func: Any) -> tuple[str, ...] | None:
-    """The argument names of a fused attention operator, by its schema; None for any other."""
-    if not isinstance(func, OpOverload) or not func.name().startswith("aten::_scaled_dot_product_"):
-        return None
-    if "backward" in func.name():
-        return None
-    return tuple(argument.name for argument in func._schema.arguments)
+def _signature(func: Any) -> tuple[str, tuple[str, ...] | None]:
+    """The name of an operator; of a fused attention operator also its argument names."""
+    if not isinstance(func, OpOverload):
+        return "", None
+    namespace, _, name = func._schema.name.partition("::")
+    if namespace != "aten":
+        return "", None
+    if name.startswith("_scaled_dot_product_") and "backward" not in name:
+        return name, tuple(argument.name for argument in func._schema.arguments)
+    return name, None
 
 
-class Window:
-    """One observed forward of `root`: open before it, `close()` after it.
-
-    Args:
-        selected: which module paths are wanted.
-        kinds: of these, "attention" and "activations" are captured here.
-        rows: the query rows per map that statistics are taken from; None takes all.
-        failed: called with what could not be measured, and why.
-    """
-
-    def __init__(
-        self,
-        root: nn.Module,
-        selected: Callable[[str], bool],
-        kinds: Collection[str],
-        rows: int | None,
-        failed: Callable[[str, Exception], None],
-    ) -> None:
-        self.thread = threading.get_ident()
-        self.activations: dict[str, Histogram] = {}
-        self._selected, self._failed = selected, failed
-        self._maps: dict[str, list[Tensor]] = {}
-        self._averaged: set[str] = set()
-        self._handles: list[RemovableHandle] = []
-        self._mode: AttentionMode | None = None
-        paths = module_names(root)
-        if "activations" in kinds:
-            for module in _observable(root):
-                if selected(paths[module]):
-                    hook = functools.partial(self._activation, paths[module])
-                    self._handles.append(module.register_forward_hook(hook))
-        if "attention" in kinds:
-            self._mode = AttentionMode(paths, self._map, rows, failed)
-            self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch's, not annotated
-
-    def close(self) -> None:
-        """Take everything off again."""
-        if self._mode is not None:
-            leave(self._mode)
-        for handle in self._handles:
-            handle.remove()
-
-    def maps(self) -> dict[str, Tensor]:
-        """The sums of each map by path; a module's further maps as `<path>/1`, `<path>/2`, ..."""
-        return {
-            f"{path}/{index}" if index else path: sums
-            for path, maps in self._maps.items()
-            for index, sums in enumerate(maps)
-        }
-
-    def _map(self, path: str, sums: Tensor) -> None:
-        if not self._selected(path):
-            return
-        maps = self._maps.setdefault(path, [])
-        maps.append(sums)
-        if len(maps) > 4 or path in self._averaged:
-            self._averaged.add(path)
-            maps[:] = [functools.reduce(merge, maps)]
-
-    def _activation(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
-        try:
-            tensor = _first_tensor(output)
-            if tensor is not None and path not in self.activations:
-                self.activations[path] = histogram(tensor)
-        except Exception as error:
-            self._failed(f"activations of {path}", error)
-
-
-def _observable(root: nn.Module) -> Iterator[nn.Module]:
-    """The modules below `root` that a hook may be put on without changing what runs.
-
-    A hook in nn.TransformerEncoderLayer or nn.MultiheadAttention switches off their C++ fast path
-    (eval), one in a compiled module is never called.
-    """
-    fast = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
-    hidden: set[nn.Module] = set()
-    for module in root.modules():
-        compiled = module._compiled_call_impl is not None or "_orig_mod" in module._modules
-        if compiled or (isinstance(module, fast) and not module.training):
-            hidden.update(module.modules())
-    for module in root.modules():
-        if module is not root and module not in hidden:
-            yield module
-
-
-def _first_tensor(output: Any) -> Tensor | None:
-    if isinstance(output, Mapping):
-        output = tuple(output.values())
-    if isinstance(output, tuple | list):
-        output = next((item for item in output if isinstance(item, Tensor)), None)
-    return output if isinstance(output, Tensor) else None
+@functools.cache
+def _arrives_whole(func: Any) -> bool:
+    """Whether an operator is made of others, and reaches a mode as one, under inference_mode."""
+    if not isinstance(func, OpOverload) or func.namespace != "aten":
+        return False
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has(func.name(), "CompositeImplicitAutograd") and not any(
+        has(func.name(), backend) for backend in ("CPU", "CUDA", "MPS")
+    )

@@ -23,7 +23,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from .capture import Window, calls_on_stack
+from .capture import calls_on_stack
 from .gradients import norms, update_ratios
 from .names import parameter_names
 from .outbox import Batch, Outbox
@@ -31,6 +31,7 @@ from .readings import Readings, learning_rates, parameter_histograms, uncertaint
 from .report import Ledger, Report
 from .steps import Cadence, Due, Optimizers, Steps
 from .uncertainty import KEYS, find_uncertainties
+from .window import Window
 from .writers import is_main_rank, open_writer
 
 KINDS = ("attention", "gradients", "learning_rate", "uncertainty", "histograms")
@@ -363,7 +364,7 @@ class Handle:
             step = "no optimizer that holds a parameter of the model has stepped"
         keys = ", ".join(key for names in KEYS.values() for key in names)
         why = {
-            "attention": forward or "no fused attention operator ran in the observed forwards",
+            "attention": forward or "no attention was recognised in the observed forwards",
             "activations": forward or "no selected module returned a tensor",
             "uncertainty": forward or f"the output of the model has none of {keys}",
             "gradients": step or "no selected parameter has had a gradient",

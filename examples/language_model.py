@@ -80,7 +80,7 @@ def corpus() -> tuple[Tensor, Tensor]:
 def main(argv: list[str] | None = None) -> float:
     """Train, and return the best validation loss in nats per character."""
     parser = argparse.ArgumentParser()
-    options = {"steps": 1500, "batch-size": 16, "width": 128, "layers": 4, "eval-every": 150}
+    options = {"steps": 1200, "batch-size": 16, "width": 128, "layers": 4, "eval-every": 150}
     options |= {"log-dir": "runs", "experiment": "language_model", "backend": "torch"}
     for name, default in options.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{default}")

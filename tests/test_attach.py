@@ -558,7 +558,7 @@ def test_absent_kinds_are_a_warning_only_where_they_were_named():
             steps()
     assert handle.report().missed.keys() == {"attention", "uncertainty"}
     with (
-        pytest.warns(RuntimeWarning, match="attention: no fused attention operator") as caught,
+        pytest.warns(RuntimeWarning, match="attention: no attention was recognised") as caught,
         attach(model, None, capture=("attention", "gradients"), every=1),
     ):
         steps()

@@ -1,0 +1,116 @@
+"""Provenance: which tensors of one forward are attention scores or weights.
+
+In: each operator with its arguments and its output. Out: the attention maps of explicit softmaxes.
+
+Scores are a product of two activations, of which neither is itself scores; they stay scores
+through element-wise and view operators and through a product with a parameter (talking heads).
+The softmax over their last dimension makes weights, and weights that enter a product with an
+activation are an attention map. So a router, a codebook or a vocabulary is none: the one factor
+is a parameter, or the softmax enters no product.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .attention import sums_of_scores
+
+_PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "addmm": 1, "baddbmm": 1, "addbmm": 1}
+_SOFTMAX = {"_softmax", "_safe_softmax"}
+# Views need no entry: they share the storage, by which marks are kept.
+_KEEPING = {
+    *("add", "sub", "rsub", "mul", "div", "neg", "tanh", "where", "masked_fill", "clamp"),
+    *("clamp_min", "clamp_max", "maximum", "minimum", "nan_to_num", "_to_copy", "clone", "copy"),
+    *("cat", "constant_pad_nd", "native_dropout", "bernoulli", "contiguous", "_unsafe_view"),
+    *("index_select", "index", "slice_scatter", "select_scatter", "tril", "triu", "repeat"),
+    *("gather", "roll", "flip", "convolution", "threshold", "hardtanh", "reciprocal"),
+}
+
+
+@dataclass
+class _Weights:
+    """Weights that a softmax made: an attention map once they enter a product."""
+
+    sums: Tensor | None
+
+
+_PARAMETER, _SCORES = "parameter", "scores"
+_Mark = str | _Weights
+
+
+class Provenance:
+    """The marks of one forward.
+
+    Args:
+        parameters: a product with one of these, or with a view or cast of it, makes no scores.
+        found: called with the sums `(heads, 12)` of each attention map.
+        rows: the query rows per map that statistics are taken from; None takes all.
+    """
+
+    def __init__(
+        self, parameters: Iterable[Tensor], found: Callable[[Tensor], None], rows: int | None
+    ) -> None:
+        self._found, self._rows = found, rows
+        # A weak reference to the storage, and no tensor: nothing is kept alive for the trace, and
+        # the address is not used again before the reference goes.
+        self._marks: dict[int, tuple[StorageWeakRef, _Mark]] = {}
+        for parameter in parameters:
+            self._mark(parameter, _PARAMETER)
+
+    def follow(self, name: str, args: tuple[Any, ...], output: Any) -> None:
+        """Take note of the operator `aten::<name>` that was called with `args`."""
+        if name in _PRODUCTS:
+            at = _PRODUCTS[name]
+            self._product(args[at], args[at + 1], output)
+        elif name in _SOFTMAX:
+            self._softmax(args[0], args[1], output)
+        elif name.rstrip("_") in _KEEPING or name in _KEEPING:
+            self._keep(args, output)
+
+    def _product(self, a: Tensor, b: Tensor, output: Tensor) -> None:
+        marks = self._of(a), self._of(b)
+        weights = next((mark for mark in marks if isinstance(mark, _Weights)), None)
+        if _PARAMETER in marks:
+            kept = weights or (_SCORES if _SCORES in marks else None)
+            if kept is not None:
+                self._mark(output, kept)
+        elif weights is not None:
+            if weights.sums is not None:
+                sums, weights.sums = weights.sums, None
+                self._found(sums)
+        elif _SCORES not in marks:
+            self._mark(output, _SCORES)
+
+    def _softmax(self, scores: Tensor, dim: int, output: Tensor) -> None:
+        if self._of(scores) != _SCORES or dim % scores.dim() != scores.dim() - 1:
+            return
+        if not scores.numel() or scores.dim() < 2:
+            return
+        length, keys = scores.shape[-2:]
+        heads = scores.shape[-3] if scores.dim() > 3 else 1
+        scores = scores.detach().reshape(-1, heads, length, keys)  # (B, H, L, S)
+        self._mark(output, _Weights(sums_of_scores(scores, rows=self._rows)))
+
+    def _keep(self, args: tuple[Any, ...], output: Any) -> None:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        tensors += [
+            t for a in args if isinstance(a, list | tuple) for t in a if isinstance(t, Tensor)
+        ]
+        marks = [self._of(tensor) for tensor in tensors]
+        kept = next((m for m in marks if m is not None and m != _PARAMETER), None)
+        if kept is None and marks and all(mark == _PARAMETER for mark in marks):
+            kept = _PARAMETER
+        output = output[0] if isinstance(output, list | tuple) else output
+        if kept is not None and isinstance(output, Tensor):
+            self._mark(output, kept)
+
+    def _of(self, tensor: Tensor) -> _Mark | None:
+        found = self._marks.get(tensor.untyped_storage()._cdata)
+        return None if found is None else found[1]
+
+    def _mark(self, tensor: Tensor, mark: _Mark) -> None:
+        reference = StorageWeakRef(tensor.untyped_storage())
+        self._marks[reference.cdata] = reference, mark

@@ -1,0 +1,110 @@
+"""Window: one observed forward of the model, with everything that is put on for it.
+
+In: the model, and which kinds are wanted. Out: attention sums and activations by module path.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .attention import merge
+from .capture import AttentionMode, leave
+from .histograms import Histogram, histogram
+from .names import module_names
+
+
+class Window:
+    """One observed forward of `root`: open before it, `close()` after it.
+
+    Args:
+        selected: which module paths are wanted.
+        kinds: of these, "attention" and "activations" are captured here.
+        rows: the query rows per map that statistics are taken from; None takes all.
+        failed: called with what could not be measured, and why.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        selected: Callable[[str], bool],
+        kinds: Collection[str],
+        rows: int | None,
+        failed: Callable[[str, Exception], None],
+    ) -> None:
+        self.thread = threading.get_ident()
+        self.activations: dict[str, Histogram] = {}
+        self._selected, self._failed = selected, failed
+        self._maps: dict[str, list[Tensor]] = {}
+        self._averaged: set[str] = set()
+        self._handles: list[RemovableHandle] = []
+        self._mode: AttentionMode | None = None
+        paths = module_names(root)
+        if "activations" in kinds:
+            for module in _observable(root):
+                if selected(paths[module]):
+                    hook = functools.partial(self._activation, paths[module])
+                    self._handles.append(module.register_forward_hook(hook))
+        if "attention" in kinds:
+            self._mode = AttentionMode(paths, self._map, rows, failed)
+            self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch's, not annotated
+
+    def close(self) -> None:
+        """Take everything off again."""
+        if self._mode is not None:
+            leave(self._mode)
+        for handle in self._handles:
+            handle.remove()
+
+    def maps(self) -> dict[str, Tensor]:
+        """The sums of each map by path; a module's further maps as `<path>/1`, `<path>/2`, ..."""
+        return {
+            f"{path}/{index}" if index else path: sums
+            for path, maps in self._maps.items()
+            for index, sums in enumerate(maps)
+        }
+
+    def _map(self, path: str, sums: Tensor) -> None:
+        if not self._selected(path):
+            return
+        maps = self._maps.setdefault(path, [])
+        maps.append(sums)
+        if len(maps) > 4 or path in self._averaged:
+            self._averaged.add(path)
+            maps[:] = [functools.reduce(merge, maps)]
+
+    def _activation(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
+        try:
+            tensor = _first_tensor(output)
+            if tensor is not None and path not in self.activations:
+                self.activations[path] = histogram(tensor)
+        except Exception as error:
+            self._failed(f"activations of {path}", error)
+
+
+def _observable(root: nn.Module) -> Iterator[nn.Module]:
+    """The modules below `root` that a hook may be put on without changing what runs.
+
+    A hook in nn.TransformerEncoderLayer or nn.MultiheadAttention switches off their C++ fast path
+    (eval), one in a compiled module is never called.
+    """
+    fast = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+    hidden: set[nn.Module] = set()
+    for module in root.modules():
+        compiled = module._compiled_call_impl is not None or "_orig_mod" in module._modules
+        if compiled or (isinstance(module, fast) and not module.training):
+            hidden.update(module.modules())
+    for module in root.modules():
+        if module is not root and module not in hidden:
+            yield module
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if isinstance(output, tuple | list):
+        output = next((item for item in output if isinstance(item, Tensor)), None)
+    return output if isinstance(output, Tensor) else None

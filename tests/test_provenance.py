@@ -1,0 +1,188 @@
+"""Explicit attention is found by what its scores descend from, and nothing else is."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bthooks import attach
+
+from .conftest import read
+from .models import batch, entropy
+
+
+class Explicit(nn.Module):
+    """Attention with a softmax of its own; `kind` says how it is written."""
+
+    def __init__(self, kind: str, width: int = 16, heads: int = 4) -> None:
+        super().__init__()
+        self.kind, self.heads = kind, heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mix = nn.Parameter(torch.randn(heads, heads))
+        self.softmax, self.drop = nn.Softmax(-1), nn.Dropout(0.3)
+        self.weights: torch.Tensor | None = None
+
+    def forward(self, x):
+        b, length, _ = x.shape
+        q, k, v = self.qkv(x * 3).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+        if self.kind == "bmm":
+            q, k, v = (part.reshape(b * self.heads, length, -1) for part in (q, k, v))
+            scores = torch.baddbmm(torch.randn(length, length), q, k.mT, alpha=0.5)
+            weights = F.softmax(scores, dim=2)
+            y = torch.bmm(self.drop(self.keep(weights)), v).view(b, self.heads, length, -1)
+        elif self.kind == "einsum":
+            scores = torch.einsum("bhid,bhjd->bhij", q, k).masked_fill(hidden, -torch.inf)
+            weights = self.keep(self.softmax(scores / 2))
+            y = torch.einsum("bhij,bhjd->bhid", self.drop(weights), v)
+        elif self.kind == "talking heads":
+            scores = torch.einsum("bhij,hg->bgij", q @ k.mT, self.mix)
+            weights = self.keep(scores.softmax(dim=-1))
+            y = torch.einsum("bhij,hg->bgij", weights, self.mix) @ v
+        elif self.kind == "capped":
+            scores = torch.tanh(q @ k.transpose(-1, -2) / 20) * 20
+            scores = torch.where(hidden, torch.finfo(scores.dtype).min, scores)
+            weights = self.keep(F.softmax(scores.float(), dim=-1).to(q.dtype))
+            y = torch.matmul(weights, v)
+        elif self.kind == "in place":
+            scores = torch.matmul(q, k.mT)
+            scores *= 0.3
+            scores += torch.zeros(length, length).masked_fill(hidden, torch.finfo(x.dtype).min)
+            weights = self.keep(scores.softmax(-1))
+            y = weights @ v
+        elif self.kind == "right operand":
+            weights = self.keep((k.mT.mT @ q.mT).mT.softmax(-1))
+            y = (v.mT @ weights.mT).mT
+        elif self.kind == "windows":
+            q, k, v = (part.unflatten(2, (3, -1)).transpose(1, 2) for part in (q, k, v))
+            scores = q @ k.mT  # (B, W, H, L / W, L / W)
+            weights = self.keep(scores.softmax(-1))
+            y = (weights @ v).transpose(1, 2).flatten(2, 3)
+        elif self.kind == "one head":
+            q, k, v = (part[0, 0] for part in (q, k, v))
+            weights = self.keep((q @ k.t()).softmax(-1))
+            y = (weights @ v).expand(b, self.heads, -1, -1)
+        elif self.kind == "twice":
+            weights = self.keep((q @ k.mT).softmax(-1))
+            y = weights @ v + weights @ k
+        else:  # math: dropout sends SDPA to plain operators on the CPU
+            self.keep((q.double() @ k.double().mT / 2).softmax(-1))
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.3)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def keep(self, weights):
+        self.weights = weights.detach().clone()
+        return weights
+
+
+KINDS = [
+    "bmm", "einsum", "talking heads", "capped", "in place", "right operand", "windows",
+    "one head", "twice", "math",
+]  # fmt: skip
+CONTEXTS = {"train": contextlib.nullcontext, "eval": torch.no_grad, "infer": torch.inference_mode}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_explicit_attention_is_found_and_its_entropy_true(kind, context, tmp_path):
+    model = nn.Sequential(Explicit(kind)).train(context == "train")
+    x, _ = batch(0)
+    with torch.random.fork_rng(), CONTEXTS[context]():
+        plain = model(x)
+    with attach(model, tmp_path, every=1, on_error="raise"), CONTEXTS[context]():
+        seen = model(x)
+    assert torch.equal(seen, plain)
+    run = read(tmp_path)
+    found = run.group("attention/entropy/" if context == "train" else "val/attention/entropy/", 0)
+    assert found == pytest.approx({"0": entropy(model[0].weights.double())}, abs=1e-4)
+
+
+class Router(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(16, 4), nn.Parameter(torch.randn(4, 16, 16))
+
+    def forward(self, x):
+        weights = self.gate(x).softmax(-1)  # (B, L, E)
+        outputs = torch.einsum("bld,edf->blef", x, self.experts)
+        return torch.einsum("ble,blef->blf", weights, outputs)
+
+
+class Codebook(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.codes = nn.Embedding(32, 16)
+
+    def forward(self, x):
+        return (x @ self.codes.weight.t().contiguous() * 2).softmax(-1) @ self.codes.weight
+
+
+class LinearAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.out(q.softmax(-1) @ (k.softmax(-2).mT @ v)).softmax(-1) @ x.mT
+
+
+class Contrastive(nn.Module):
+    def forward(self, x):
+        x = F.normalize(x[:, 0], dim=-1)
+        return (
+            F.cross_entropy(x @ x.t() / 0.1, torch.arange(len(x))) + (x @ x.t()).softmax(-1).sum()
+        )
+
+
+class Vocabulary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Embedding(50, 16)
+
+    def forward(self, x):
+        return F.linear(x, self.token.weight).softmax(-1)
+
+
+class Channels(nn.Module):
+    """Squeeze-and-excitation: a gate by a softmax, times the features."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return (x * self.gate(x.mean(1, keepdim=True)).softmax(-1)) @ x.mT
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize(
+    "trap", [Router, Codebook, LinearAttention, Contrastive, Vocabulary, Channels]
+)
+def test_what_is_no_attention_is_not_flagged(trap, context, tmp_path):
+    model = trap().train(context == "train")
+    x, _ = batch(0)
+    expected = model(x)
+    with attach(model, tmp_path, every=1, on_error="raise") as handle, CONTEXTS[context]():
+        assert torch.equal(model(x), expected)
+    assert "attention" in handle.report().missed
+    assert not [tag for tag in read(tmp_path).scalars if "attention" in tag]
+
+
+def test_nothing_of_the_trace_outlives_the_forward():
+    import gc
+    import weakref
+
+    model = Explicit("einsum").eval()
+    with attach(model, None, every=1), torch.no_grad():
+        alive = []
+
+        def remember(module, args, output):
+            alive.append(weakref.ref(output.untyped_storage()))
+
+        model.softmax.register_forward_hook(remember)
+        model(batch(0)[0])
+        gc.collect()
+        assert [reference() for reference in alive] == [None]

@@ -23,11 +23,18 @@ from torch.utils._python_dispatch import (
     _push_mode,
 )
 
+from . import fastpath
 from .attention import sums_of_query_key
-from .provenance import Provenance
+from .provenance import Provenance, without_modes
 
+# Under inference_mode these arrive whole, and with them the attention that they are made of.
+_MADE_OF_OTHERS = (
+    torch.ops.aten.scaled_dot_product_attention.default,
+    torch.ops.aten._scaled_dot_product_attention_math.default,
+    torch.ops.aten.einsum.default,
+    torch.ops.aten.tensordot.default,
+)
 _CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
-_MASKS = ("attn_mask", "attn_bias")
 
 
 class AttentionMode(TorchDispatchMode):
@@ -65,7 +72,7 @@ class AttentionMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if _arrives_whole(func) and not any(isinstance(a, Tensor) and a.is_nested for a in args):
+        if func in _MADE_OF_OTHERS:
             with self:
                 return func.decompose(*args, **kwargs)
         output = func(*args, **kwargs)
@@ -81,36 +88,31 @@ class AttentionMode(TorchDispatchMode):
             self._provenance.follow(name, args, output)
             return
         given = dict(zip(arguments, args, strict=False)) | kwargs
-        query, key = given["query"], given["key"]
-        if query.numel() == 0 or key.numel() == 0:
+        query = args[0]
+        if query.numel() == 0:
             return
-        with torch.autocast(query.device.type, enabled=False):
-            sums = sums_of_query_key(
-                query,
-                key,
-                mask=next((given[name] for name in _MASKS if given.get(name) is not None), None),
-                is_causal=given.get("is_causal", False),
-                scale=given.get("scale"),
-                rows=self._rows,
-            )
+        with without_modes(), torch.autocast(query.device.type, enabled=False):
+            measure = fastpath.sums_of_layer if name in fastpath.OPERATORS else _sums_of_fused
+            sums = measure(given, rows=self._rows)
         self._map(sums)
 
     def _map(self, sums: Tensor) -> None:
-        path = self._innermost()
-        if path is not None:
-            self._found(path, sums)
+        module = self._innermost()
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module = module.self_attn  # whose forward the fast path does not call
+        if module is not None:
+            self._found(self._paths[module], sums)
 
-    def _innermost(self) -> str | None:
-        """The path of the innermost module on the Python stack.
+    def _innermost(self) -> nn.Module | None:
+        """The innermost module on the Python stack.
 
         No hook, so nothing that would switch off a fast path or recompile a graph.
         """
         frame: FrameType | None = sys._getframe(2)
         while frame is not None:
-            if frame.f_code in _CALLS:
-                path = self._paths.get(frame.f_locals["self"])
-                if path is not None:
-                    return path
+            if frame.f_code in _CALLS and frame.f_locals["self"] in self._paths:
+                module: nn.Module = frame.f_locals["self"]
+                return module
             frame = frame.f_back
         return None
 
@@ -138,25 +140,27 @@ def leave(mode: TorchDispatchMode) -> None:
         _push_mode(other)
 
 
+def _sums_of_fused(given: Mapping[str, Any], *, rows: int | None) -> Tensor:
+    masks = (given.get(name) for name in ("attn_mask", "attn_bias"))
+    return sums_of_query_key(
+        given["query"],
+        given["key"],
+        mask=next((mask for mask in masks if mask is not None), None),
+        is_causal=given.get("is_causal", False),
+        scale=given.get("scale"),
+        rows=rows,
+    )
+
+
 @functools.cache
 def _signature(func: Any) -> tuple[str, tuple[str, ...] | None]:
-    """The name of an operator; of a fused attention operator also its argument names."""
+    """The name of an operator; of one that computes attention also its argument names."""
     if not isinstance(func, OpOverload):
         return "", None
     namespace, _, name = func._schema.name.partition("::")
     if namespace != "aten":
         return "", None
-    if name.startswith("_scaled_dot_product_") and "backward" not in name:
+    fused = name.startswith("_scaled_dot_product_") and "backward" not in name
+    if fused or name in fastpath.OPERATORS:
         return name, tuple(argument.name for argument in func._schema.arguments)
     return name, None
-
-
-@functools.cache
-def _arrives_whole(func: Any) -> bool:
-    """Whether an operator is made of others, and reaches a mode as one, under inference_mode."""
-    if not isinstance(func, OpOverload) or func.namespace != "aten":
-        return False
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return has(func.name(), "CompositeImplicitAutograd") and not any(
-        has(func.name(), backend) for backend in ("CPU", "CUDA", "MPS")
-    )

@@ -9,24 +9,31 @@ activation are an attention map. So a router, a codebook or a vocabulary is none
 is a parameter, or the softmax enters no product.
 """
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _pop_mode, _push_mode
 
 from .attention import sums_of_scores
 
-_PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "addmm": 1, "baddbmm": 1, "addbmm": 1}
-_SOFTMAX = {"_softmax", "_safe_softmax"}
+# By name, the place of the first factor. matmul, linear and softmax: under inference_mode.
+_PRODUCTS = {
+    **{"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "matmul": 0, "linear": 0},
+    **{"addmm": 1, "baddbmm": 1, "addbmm": 1},
+}
+_SOFTMAX = {"_softmax", "_safe_softmax", "softmax"}
 # Views need no entry: they share the storage, by which marks are kept.
 _KEEPING = {
     *("add", "sub", "rsub", "mul", "div", "neg", "tanh", "where", "masked_fill", "clamp"),
     *("clamp_min", "clamp_max", "maximum", "minimum", "nan_to_num", "_to_copy", "clone", "copy"),
     *("cat", "constant_pad_nd", "native_dropout", "bernoulli", "contiguous", "_unsafe_view"),
     *("index_select", "index", "slice_scatter", "select_scatter", "tril", "triu", "repeat"),
-    *("gather", "roll", "flip", "convolution", "threshold", "hardtanh", "reciprocal"),
+    *("gather", "roll", "flip", "convolution", "dropout", "to", "type_as", "reshape", "flatten"),
 }
 
 
@@ -39,6 +46,17 @@ class _Weights:
 
 _PARAMETER, _SCORES = "parameter", "scores"
 _Mark = str | _Weights
+
+
+@contextlib.contextmanager
+def without_modes() -> Iterator[None]:
+    """No dispatch mode sees what runs inside: a FLOP counter counts the model and none of ours."""
+    modes = [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
 
 
 class Provenance:
@@ -92,7 +110,8 @@ class Provenance:
         length, keys = scores.shape[-2:]
         heads = scores.shape[-3] if scores.dim() > 3 else 1
         scores = scores.detach().reshape(-1, heads, length, keys)  # (B, H, L, S)
-        self._mark(output, _Weights(sums_of_scores(scores, rows=self._rows)))
+        with without_modes():
+            self._mark(output, _Weights(sums_of_scores(scores, rows=self._rows)))
 
     def _keep(self, args: tuple[Any, ...], output: Any) -> None:
         tensors = [a for a in args if isinstance(a, Tensor)]

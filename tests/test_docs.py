@@ -19,7 +19,7 @@ from .models import Transformer, batch
 
 PACKAGE = Path(bthooks.__file__).parent
 MODULES = sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE)]))
-PURE = {"names", "attention", "gradients", "histograms", "uncertainty"}
+PURE = {"names", "fastpath", "attention", "gradients", "histograms", "uncertainty"}
 ORDER = [  # a module imports those behind it only
     "attach",
     "handle",
@@ -32,6 +32,7 @@ ORDER = [  # a module imports those behind it only
     "report",
     "steps",
     "writers",
+    "fastpath",
     "attention",
     "gradients",
     "histograms",
@@ -79,7 +80,16 @@ def test_imports_point_down(name):
                 else [alias.name for alias in node.names]
             )
         }
-        assert others <= {"torch", "math", "typing", "collections", "fnmatch", "functools", "re"}
+        assert others <= {
+            "torch",
+            "math",
+            "typing",
+            "collections",
+            "fnmatch",
+            "functools",
+            "re",
+            "contextlib",
+        }
         assert ours <= PURE
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from .handle import KINDS, ON_REQUEST, Handle, attachments
@@ -58,7 +59,6 @@ def attach(
     | `activations/<module>` | histograms ("activations") |
     | `val/...` | the same of the first forward in eval mode after a step |
 
-    >>> import torch
     >>> model = nn.Linear(2, 2)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> with attach(model, writer) as handle:
@@ -72,6 +72,8 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach: model is a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("attach: a scripted model takes no hooks; attach to it unscripted")
     for name, cadence in (("every", every), ("histograms_every", histograms_every)):
         if not callable(cadence) and (not isinstance(cadence, int) or cadence < 1):
             raise ValueError(

@@ -9,13 +9,14 @@ the operators that really run, fast paths included, and changes none of them.
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _get_current_dispatch_mode_stack,
@@ -108,23 +109,30 @@ class AttentionMode(TorchDispatchMode):
 
         No hook, so nothing that would switch off a fast path or recompile a graph.
         """
-        frame: FrameType | None = sys._getframe(2)
-        while frame is not None:
+        for frame in _frames():
             if frame.f_code in _CALLS and frame.f_locals["self"] in self._paths:
                 module: nn.Module = frame.f_locals["self"]
                 return module
-            frame = frame.f_back
         return None
 
 
 def calls_on_stack(module: nn.Module) -> int:
     """How many calls of `module` are running in this thread."""
+    return sum(
+        frame.f_code is _CALLS[0] and frame.f_locals["self"] is module for frame in _frames()
+    )
+
+
+def steps_on_stack() -> bool:
+    """Whether an optimizer's step is running in this thread: the forward is its closure's."""
+    return any(isinstance(frame.f_locals.get("self"), Optimizer) for frame in _frames())
+
+
+def _frames() -> Iterator[FrameType]:
     frame: FrameType | None = sys._getframe(1)
-    calls = 0
     while frame is not None:
-        calls += frame.f_code is _CALLS[0] and frame.f_locals["self"] is module
+        yield frame
         frame = frame.f_back
-    return calls
 
 
 def leave(mode: TorchDispatchMode) -> None:

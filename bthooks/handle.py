@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
-from .capture import calls_on_stack
+from .capture import calls_on_stack, steps_on_stack
 from .gradients import norms, update_ratios
 from .names import parameter_names
 from .outbox import Batch, Outbox
@@ -227,9 +228,10 @@ class Handle:
         self._ledger.captured("attention", readings.attention)
         self._ledger.captured("activations", window.activations)
         if "uncertainty" in self._kinds and batch.due.scalars:
-            found = find_uncertainties(output)
-            readings.merge(uncertainties(found, distributions=batch.due.histograms))
-            self._ledger.captured("uncertainty", found)
+            with self._guard("uncertainty"):
+                found = find_uncertainties(output)
+                readings.merge(uncertainties(found, distributions=batch.due.histograms))
+                self._ledger.captured("uncertainty", found)
         if batch.prefix:
             if not self._steps.rounds:
                 self._outbox.send()
@@ -247,12 +249,14 @@ class Handle:
         """Whether the parameters change although no optimizer step has been seen: said once."""
         if self._steps.rounds:
             return False
-        own = [p for p in root.parameters() if p.requires_grad and not p.is_meta]
+        own = [p for p in root.parameters() if p.requires_grad and not (is_lazy(p) or p.is_meta)]
         if not own:
             return False
         smallest = min(own, key=torch.numel)
         before, self._probe = self._probe, ([id(p) for p in own], smallest.detach().clone())
         if before is None or before[0] != self._probe[0] or torch.equal(before[1], smallest):
+            return False
+        if steps_on_stack():  # LBFGS moves them between the calls of its closure
             return False
         self._ledger.say(
             "optimizer",

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _pop_mode, _push_mode
 
 from .attention import sums_of_scores
@@ -76,7 +77,8 @@ class Provenance:
         # the address is not used again before the reference goes.
         self._marks: dict[int, tuple[StorageWeakRef, _Mark]] = {}
         for parameter in parameters:
-            self._mark(parameter, _PARAMETER)
+            if not is_lazy(parameter):
+                self._mark(parameter, _PARAMETER)
 
     def follow(self, name: str, args: tuple[Any, ...], output: Any) -> None:
         """Take note of the operator `aten::<name>` that was called with `args`."""

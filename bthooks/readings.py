@@ -102,8 +102,9 @@ def uncertainties(found: Mapping[str, Tensor], distributions: bool = True) -> Re
         kind: v.detach().to(torch.promote_types(v.dtype, torch.float32))
         for kind, v in found.items()
     }
-    if {"epistemic", "aleatoric"} <= values.keys() and "total" not in values:
-        values["total"] = values["epistemic"] + values["aleatoric"]
+    both = [values[kind] for kind in ("epistemic", "aleatoric") if kind in values]
+    if len(both) == 2 and both[0].shape == both[1].shape and "total" not in values:
+        values["total"] = both[0] + both[1]
     readings = Readings()
     for kind, v in values.items():
         readings.means[f"uncertainty/{kind}"] = torch.stack([v.sum(), v.new_tensor(v.numel())])

@@ -43,13 +43,13 @@ class Window:
         self._handles: list[RemovableHandle] = []
         self._mode: AttentionMode | None = None
         paths = module_names(root)
-        if "activations" in kinds:
-            for module in _observable(root):
-                if selected(paths[module]):
-                    hook = functools.partial(self._activation, paths[module])
-                    self._handles.append(module.register_forward_hook(hook))
         if "attention" in kinds:
             self._mode = AttentionMode(paths, self._map, rows, failed)
+        wanted = _observable(root) if "activations" in kinds else ()
+        for module, path in [(m, paths[m]) for m in wanted if selected(paths[m])]:
+            hook = functools.partial(self._activation, path)
+            self._handles.append(module.register_forward_hook(hook))
+        if self._mode is not None:
             self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch's, not annotated
 
     def close(self) -> None:

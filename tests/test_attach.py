@@ -237,6 +237,38 @@ def test_own_optimizers_call_advance_and_are_told_to(tmp_path):
     assert [s for s, _ in read(tmp_path / "done").scalars["gradients/total_norm"]] == [0, 1, 2]
 
 
+def test_a_closure_that_is_called_several_times_is_one_step(tmp_path):
+    model = Transformer()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    x, y = batch(0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x)["logits"], y)
+        loss.backward()
+        return loss
+
+    with attach(model, tmp_path, every=1, on_error="raise"):
+        for _ in range(2):
+            optimizer.step(closure)
+    run = read(tmp_path)
+    assert [s for s, _ in run.scalars["gradients/total_norm"]] == [0, 1]
+    assert [s for s, _ in run.scalars["attention/mean_entropy"]] == [0, 1]
+
+
+def test_lazy_parameters_become_known(tmp_path):
+    model = nn.Sequential(nn.LazyLinear(16), Transformer())
+    with attach(model, tmp_path, every=1, on_error="raise"):
+        model(torch.randn(2, 3, 5))["logits"].sum().backward()
+        sgd(model).step()
+    run = read(tmp_path)
+    assert run.group("attention/entropy/", 0).keys() == {
+        "1.blocks.0.attention",
+        "1.blocks.1.attention",
+    }
+    assert "gradients/norm/0.weight" in run.scalars
+
+
 @pytest.mark.parametrize(
     ("every", "step", "expected"),
     [(3, 0, [0, 3, 6]), (3, 5, [5, 6, 9]), (lambda step: step in {2, 5}, 0, [0, 2, 5])],
@@ -601,6 +633,7 @@ def test_parameters_that_come_after_attach_are_seen(tmp_path):
     ("arguments", "error", "message"),
     [
         ({"model": 3}, TypeError, "torch.nn.Module, got int"),
+        ({"model": torch.jit.script(nn.Linear(2, 2))}, TypeError, "attach to it unscripted"),
         ({"writer": 3}, TypeError, "SummaryWriter's methods, a path or None, got int"),
         ({"backend": "wandb"}, ValueError, 'expected "torch" or "tensorboardX"'),
         ({"capture": "attention"}, TypeError, "sequence of names"),

@@ -129,17 +129,18 @@ def sums_of_query_key(
 
 
 @torch.no_grad()
-def sums_of_scores(scores: Tensor, *, rows: int | None = None) -> Tensor:
+def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | None = None) -> Tensor:
     """The sums of one map from the scores `(batch, heads, L, S)` of its softmax: `(heads, 12)`.
 
-    A key that is not seen has a score of -1e4 or below. `rows` as in `sums_of_query_key`.
+    A key that is not seen has a score of -1e4 or below. Columns outside `keys` are sinks: they
+    take their share of the softmax and are no keys. `rows` as in `sums_of_query_key`.
     """
-    batch, heads, length, keys = scores.shape
+    batch, heads, length, columns = scores.shape
     dtype = torch.promote_types(scores.dtype, torch.float32)
     sums: list[Tensor] = []
-    for at in _row_blocks(length, rows, batch * heads * keys, scores.device):
+    for at in _row_blocks(length, rows, batch * heads * columns, scores.device):
         block = scores.index_select(-2, at).to(dtype)  # (B, H, r, S)
-        sums.append(_sums_of_block(block.masked_fill_(block <= _BLOCKED, -torch.inf)))
+        sums.append(_sums_of_block(block.masked_fill_(block <= _BLOCKED, -torch.inf), keys))
     return reduce(merge, sums)
 
 
@@ -153,29 +154,32 @@ def _row_blocks(
     return torch.split(index, max(1, _BLOCK // max(1, row_size)))
 
 
-def _sums_of_block(scores: Tensor) -> Tensor:
+def _sums_of_block(scores: Tensor, keys: slice | None = None) -> Tensor:
     """The sums of the scores `(batch, heads, rows, key)`, which are overwritten.
 
     A key that is not seen has score -inf.
     """
     top = scores.amax(-1, keepdim=True)  # (B, H, r, 1)
-    alive = top != -torch.inf
-    z = scores.sub_(torch.where(alive, top, 0))
-    visible = (z > -torch.inf).sum(-1)
+    z = scores.sub_(torch.where(top == -torch.inf, 0, top))
     e = z.exp()
     norm = e.sum(-1)  # (B, H, r)
+    if keys is not None:
+        z, e = z[..., keys], e[..., keys]
+    visible = (z != -torch.inf).sum(-1)
+    largest = z.amax(-1)
+    total = e.sum(-1) / norm  # 1, but for sinks
     # log Z - E[z] with z = score - max: no cancellation of large scores, as lse - E[score] has.
-    entropy = norm.log() - (e * z.clamp_(min=-1e4)).sum(-1) / norm
+    entropy = total * norm.log() - (e * z.clamp(min=-1e4)).sum(-1) / norm
     return _sums(
-        alive=alive[..., 0],
+        alive=visible > 0,
         visible=visible,
         entropy=entropy.clamp_(min=0),
-        total=torch.ones_like(norm),
+        total=total,
         squares=e.square().sum(-1) / norm.square(),
-        largest=1 / norm,
+        largest=largest.exp() / norm,
         first=e[..., 0] / norm,
-        logit=top[..., 0],
-        keys=scores.shape[-1],
+        logit=largest + top[..., 0],
+        keys=z.shape[-1],
     )
 
 

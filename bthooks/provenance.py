@@ -10,7 +10,7 @@ is a parameter, or the softmax enters no product.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,14 +39,25 @@ _KEEPING = {
 
 
 @dataclass
+class _Parameter:
+    """A parameter, or a view or cast of one."""
+
+
+@dataclass
+class _Scores:
+    """Scores; the columns outside `keys`, where it is given, are no keys but sinks."""
+
+    keys: slice | None = None
+
+
+@dataclass
 class _Weights:
     """Weights that a softmax made: an attention map once they enter a product."""
 
     sums: Tensor | None
 
 
-_PARAMETER, _SCORES = "parameter", "scores"
-_Mark = str | _Weights
+_Mark = _Parameter | _Scores | _Weights
 
 
 @contextlib.contextmanager
@@ -78,7 +89,7 @@ class Provenance:
         self._marks: dict[int, tuple[StorageWeakRef, _Mark]] = {}
         for parameter in parameters:
             if not is_lazy(parameter):
-                self._mark(parameter, _PARAMETER)
+                self._mark(parameter, _Parameter())
 
     def follow(self, name: str, args: tuple[Any, ...], output: Any) -> None:
         """Take note of the operator `aten::<name>` that was called with `args`."""
@@ -89,31 +100,44 @@ class Provenance:
             self._softmax(args[0], args[1], output)
         elif name.rstrip("_") in _KEEPING or name in _KEEPING:
             self._keep(args, output)
+            if name == "cat":
+                self._cat(*args, output=output)
 
     def _product(self, a: Tensor, b: Tensor, output: Tensor) -> None:
         marks = self._of(a), self._of(b)
-        weights = next((mark for mark in marks if isinstance(mark, _Weights)), None)
-        if _PARAMETER in marks:
-            kept = weights or (_SCORES if _SCORES in marks else None)
+        kept = next((mark for mark in marks if isinstance(mark, _Scores | _Weights)), None)
+        if any(isinstance(mark, _Parameter) for mark in marks):
             if kept is not None:
                 self._mark(output, kept)
-        elif weights is not None:
-            if weights.sums is not None:
-                sums, weights.sums = weights.sums, None
-                self._found(sums)
-        elif _SCORES not in marks:
-            self._mark(output, _SCORES)
+        elif kept is None:
+            self._mark(output, _Scores())
+        elif isinstance(kept, _Weights) and kept.sums is not None:
+            sums, kept.sums = kept.sums, None
+            self._found(sums)
 
     def _softmax(self, scores: Tensor, dim: int, output: Tensor) -> None:
-        if self._of(scores) != _SCORES or dim % scores.dim() != scores.dim() - 1:
+        mark = self._of(scores)
+        if not isinstance(mark, _Scores) or scores.dim() < 2 or not scores.numel():
             return
-        if not scores.numel() or scores.dim() < 2:
+        if dim % scores.dim() != scores.dim() - 1:
             return
         length, keys = scores.shape[-2:]
         heads = scores.shape[-3] if scores.dim() > 3 else 1
         scores = scores.detach().reshape(-1, heads, length, keys)  # (B, H, L, S)
         with without_modes():
-            self._mark(output, _Weights(sums_of_scores(scores, rows=self._rows)))
+            sums = sums_of_scores(scores, keys=mark.keys, rows=self._rows)
+        self._mark(output, _Weights(sums))
+
+    def _cat(self, tensors: Sequence[Tensor], dim: int = 0, *, output: Tensor) -> None:
+        """Sinks are scores that were learnt, put beside those of the keys (GPT-OSS)."""
+        if dim % output.dim() != output.dim() - 1:
+            return
+        start = 0
+        for tensor in tensors:
+            stop = start + tensor.shape[-1]
+            if isinstance(self._of(tensor), _Scores) and len(tensors) == 2:
+                self._mark(output, _Scores(slice(start, stop)))
+            start = stop
 
     def _keep(self, args: tuple[Any, ...], output: Any) -> None:
         tensors = [a for a in args if isinstance(a, Tensor)]
@@ -121,9 +145,9 @@ class Provenance:
             t for a in args if isinstance(a, list | tuple) for t in a if isinstance(t, Tensor)
         ]
         marks = [self._of(tensor) for tensor in tensors]
-        kept = next((m for m in marks if m is not None and m != _PARAMETER), None)
-        if kept is None and marks and all(mark == _PARAMETER for mark in marks):
-            kept = _PARAMETER
+        kept: _Mark | None = next((m for m in marks if isinstance(m, _Scores | _Weights)), None)
+        if kept is None and marks and all(isinstance(mark, _Parameter) for mark in marks):
+            kept = marks[0]
         output = output[0] if isinstance(output, list | tuple) else output
         if kept is not None and isinstance(output, Tensor):
             self._mark(output, kept)

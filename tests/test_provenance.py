@@ -64,6 +64,11 @@ class Explicit(nn.Module):
             q, k, v = (part[0, 0] for part in (q, k, v))
             weights = self.keep((q @ k.t()).softmax(-1))
             y = (weights @ v).expand(b, self.heads, -1, -1)
+        elif self.kind == "sinks":
+            sinks = self.mix[0].view(1, -1, 1, 1).expand(b, -1, length, -1)
+            scores = torch.cat([(q @ k.mT).masked_fill(hidden, -torch.inf), sinks], -1)
+            weights = self.keep(scores.softmax(-1)[..., :-1])
+            y = self.drop(weights) @ v
         elif self.kind == "twice":
             weights = self.keep((q @ k.mT).softmax(-1))
             y = weights @ v + weights @ k
@@ -79,7 +84,7 @@ class Explicit(nn.Module):
 
 KINDS = [
     "bmm", "einsum", "talking heads", "capped", "in place", "right operand", "windows",
-    "one head", "twice", "math",
+    "one head", "sinks", "twice", "math",
 ]  # fmt: skip
 CONTEXTS = {"train": contextlib.nullcontext, "eval": torch.no_grad, "infer": torch.inference_mode}
 

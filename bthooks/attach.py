@@ -50,6 +50,7 @@ def attach(
     | `attention/<statistic>/<module>` | as in `log_attention_stats` |
     | `attention/max_logit/<module>` | the largest scaled and masked score |
     | `attention/mean_entropy` | nats, mean over the layers |
+    | `attention/head_entropy` | image, layers x heads, at the cadence of histograms |
     | `gradients/norm/<parameter>` | L2 norm of the gradient that the optimizer applied |
     | `gradients/layer_mean/<module>`, `gradients/total_norm` | as in `log_gradients` |
     | `gradients/update_ratio/<parameter>` | change / size of the parameter, L2 ("updates") |

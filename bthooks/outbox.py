@@ -47,7 +47,8 @@ class Outbox:
             if self._writer is None or not is_main_rank():
                 continue
             try:
-                event = prefixed(_whole_model(compose(readings)), tag(self._prefix, batch.prefix))
+                event = compose(readings, model=True, images=batch.due.histograms)
+                event = prefixed(event, tag(self._prefix, batch.prefix))
                 write(self._writer, self._unwritten(event, batch), batch.number)
             except Exception as error:
                 self._failed("event file", error)
@@ -69,11 +70,3 @@ class Outbox:
         parts = [{t: v for t, v in part.items() if t not in tags} for part in vars(event).values()]
         self._last[batch.prefix] = batch.number, tags.union(*parts)
         return Event(*parts)
-
-
-def _whole_model(event: Event) -> Event:
-    """With the figures over all layers."""
-    entropies = [v for t, v in event.scalars.items() if t.startswith("attention/entropy/")]
-    if entropies:
-        event.scalars["attention/mean_entropy"] = sum(entropies) / len(entropies)
-    return event

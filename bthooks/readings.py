@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from . import attention, gradients
 from .histograms import Histogram, histogram
+from .images import heat_map
 from .names import distinct
 from .writers import Event, to_host
 
@@ -42,8 +43,13 @@ class Readings:
         self.histograms |= other.histograms
 
 
-def compose(readings: Readings) -> Event:
-    """The event that `readings` amount to: one device-to-host copy per device, then floats."""
+def compose(readings: Readings, *, model: bool = False, images: bool = False) -> Event:
+    """The event that `readings` amount to: one device-to-host copy per device, then floats.
+
+    Args:
+        model: the readings are of all layers: with the figures over them.
+        images: with the heat map of all heads.
+    """
     histograms = readings.histograms | {
         tag: histogram(values) for tag, values in readings.samples.items()
     }
@@ -62,14 +68,22 @@ def compose(readings: Readings) -> Event:
     norms = {name: next(host).item() for name in readings.norms}
     scalars |= {f"gradients/norm/{name}": norm for name, norm in norms.items()}
     scalars |= {f"gradients/{name}": value for name, value in gradients.summarize(norms).items()}
-    for path in readings.attention:
-        stats = attention.whole(next(host))
-        scalars |= {f"attention/{name}/{path}": value for name, value in stats.items()}
+    maps = {path: next(host) for path in readings.attention}
+    stats = {path: attention.whole(sums) for path, sums in maps.items()}
+    for path, found in stats.items():
+        scalars |= {f"attention/{name}/{path}": value for name, value in found.items()}
+    entropies = [found["entropy"] for found in stats.values() if "entropy" in found]
+    if model and entropies:
+        scalars["attention/mean_entropy"] = sum(entropies) / len(entropies)
+    drawn = {}
+    if images and maps:
+        rows = [attention.finalize(sums)["entropy"] for sums in maps.values()]
+        drawn["attention/head_entropy"] = heat_map(rows)
     buckets = {tag: Histogram(*(next(host) for _ in Histogram._fields)) for tag in histograms}
     for tag, histogram_ in buckets.items():
         if nonfinite := histogram_.summary[5].item():
             scalars[f"health/nonfinite/{tag.replace('/distribution', '', 1)}"] = nonfinite
-    return Event(scalars, buckets)
+    return Event(scalars, buckets, drawn)
 
 
 def learning_rates(optimizer: Optimizer, index: int = 0) -> dict[str, Tensor | float]:

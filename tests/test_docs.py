@@ -19,7 +19,7 @@ from .models import Transformer, batch
 
 PACKAGE = Path(bthooks.__file__).parent
 MODULES = sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE)]))
-PURE = {"names", "fastpath", "attention", "gradients", "histograms", "uncertainty"}
+PURE = {"names", "fastpath", "images", "attention", "gradients", "histograms", "uncertainty"}
 ORDER = [  # a module imports those behind it only
     "attach",
     "handle",
@@ -35,6 +35,7 @@ ORDER = [  # a module imports those behind it only
     "fastpath",
     "attention",
     "gradients",
+    "images",
     "histograms",
     "uncertainty",
     "names",
@@ -153,7 +154,9 @@ def test_the_tag_table_is_what_is_written(name, tmp_path):
     run = read(tmp_path)
     texts = {tag.removesuffix("/text_summary") for tag in run.texts}
     tags = {
-        tag for tag in {*run.scalars, *run.histograms, *texts} if not tag.startswith("_hparams_")
+        tag
+        for tag in {*run.scalars, *run.histograms, *run.images, *texts}
+        if not tag.startswith("_hparams_")
     }
     table = patterns(getattr(bthooks, name))
     if name == "attach":

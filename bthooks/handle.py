@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
@@ -107,13 +108,25 @@ class Handle:
         atexit.register(self.detach)
         self._finalizer = weakref.finalize(model, self.detach)
         self._finalizer.atexit = False
-        self._handles = [
-            model.register_forward_pre_hook(_Hook(self, self._before_forward)),
-            model.register_forward_hook(_Hook(self, self._after_forward), always_call=True),
-            register_optimizer_step_post_hook(self._after_optimizer),
-        ]
+        before, after = _Hook(self, self._before_forward), _Hook(self, self._after_forward)
+        if isinstance(model, nn.TransformerEncoderLayer):
+            # A hook of its own switches its C++ fast path off, one on all modules does not.
+            self._handles = [
+                module.register_module_forward_pre_hook(before),
+                module.register_module_forward_hook(after, always_call=True),
+            ]
+        else:
+            self._handles = [
+                model.register_forward_pre_hook(before),
+                model.register_forward_hook(after, always_call=True),
+            ]
+        self._handles.append(register_optimizer_step_post_hook(self._after_optimizer))
         if "updates" in self._kinds:
             self._handles.append(register_optimizer_step_pre_hook(self._before_optimizer))
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether this is an attachment to `model`."""
+        return self._root() is model
 
     @property
     def step(self) -> int:
@@ -173,24 +186,24 @@ class Handle:
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
-    def _before_forward(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or module is not self._root():
+    def _before_forward(self, root: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling() or root is not self._root():
             return
         self._calls += 1
         steps = self._steps
-        training = module.training and (steps.rounds > 0 or torch.is_grad_enabled())
+        training = root.training and (steps.rounds > 0 or torch.is_grad_enabled())
         if not (self._watch if training else steps.rounds == 0 or not steps.evaluated):
             return
         with self._guard("forward"):
             if not training:
                 number = steps.eval_number()
                 due = Due(True, steps.due.histograms) if steps.rounds else steps.due_at(number)
-                self._open_window(module, Batch(number, due, "val"))
-            elif not self._moved_unseen(module):
+                self._open_window(root, Batch(number, due, "val"))
+            elif not self._moved_unseen(root):
                 due = Due(
                     *(now or then for now, then in zip(steps.due, steps.due_next, strict=True))
                 )
-                self._open_window(module, Batch(steps.number, due))
+                self._open_window(root, Batch(steps.number, due))
 
     def _open_window(self, root: nn.Module, batch: Batch) -> None:
         if self._window is not None:
@@ -207,11 +220,11 @@ class Handle:
         self._handled, self._depth, self._observed = sys.exc_info()[1], 0, batch
         self._window = Window(root, self._selected, kinds, self._rows, self._ledger.failed)
 
-    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after_forward(self, root: nn.Module, args: Any, output: Any) -> None:
         window, batch = self._window, self._observed
         if window is None or batch is None or torch.compiler.is_compiling():
             return
-        if module is not self._root() or window.thread != threading.get_ident():
+        if root is not self._root() or window.thread != threading.get_ident():
             return
         if self._depth:
             self._depth -= 1
@@ -381,5 +394,6 @@ class Handle:
 
 def attachments(model: nn.Module) -> list[Handle]:
     """The attachments that `model` has."""
-    hooks = model._forward_pre_hooks.values()
-    return [hook.handle for hook in hooks if isinstance(hook, _Hook)]
+    hooks = [*model._forward_pre_hooks.values(), *module._global_forward_pre_hooks.values()]
+    handles = [hook.handle for hook in hooks if isinstance(hook, _Hook)]
+    return [handle for handle in handles if handle.is_of(model)]

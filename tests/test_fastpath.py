@@ -115,6 +115,21 @@ def test_multihead_attention_in_eval(need_weights, tmp_path):
     )
 
 
+def test_a_root_that_is_such_a_layer_keeps_its_fast_path(tmp_path):
+    model, x = encoder(False, True).layers[0], torch.randn(2, 6, 16)
+    with torch.no_grad():
+        expected = model(x)
+        with attach(model, tmp_path, every=1, on_error="raise"), Operators() as attached:
+            output = model(x)
+        with pytest.warns(UserWarning, match="replaces the former"):
+            attach(model, None), attach(model, None).detach()
+    assert attached.names == ["_transformer_encoder_layer_fwd"]
+    assert torch.equal(output, expected)
+    assert read(tmp_path).group("val/attention/entropy/", 0).keys() == {"self_attn"}
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+    assert not torch.nn.modules.module._global_forward_hooks
+
+
 def test_training_and_eval_have_one_name(tmp_path):
     model, x = encoder(False, True), torch.randn(2, 6, 16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -6,6 +6,7 @@ Out: one value per statistic, per head or for the whole map.
 """
 
 import math
+from collections.abc import Callable
 from functools import reduce
 
 import torch
@@ -87,6 +88,8 @@ def sums_of_query_key(
     mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    score_mod: Callable[..., Tensor] | None = None,
+    mask_mod: Callable[..., Tensor] | None = None,
     rows: int | None = None,
 ) -> Tensor:
     """The sums of one map as softmax(scale query key^T + mask) would give them: `(heads, 12)`.
@@ -97,6 +100,9 @@ def sums_of_query_key(
         mask: broadcasts to `(batch, heads, L, S)`; bool, True where a key is seen, or added.
         is_causal: row i sees the keys 0..i, whatever L and S.
         scale: 1/sqrt(d) unless given.
+        score_mod: `(score, batch, head, row, key) -> score`, as FlexAttention has it; its arguments
+            are tensors that broadcast.
+        mask_mod: `(batch, head, row, key) -> bool`, True where a key is seen.
         rows: take this many query rows, evenly spread; None takes all.
 
     Scores are made for a block of rows at a time, so memory never grows with L x S.
@@ -121,9 +127,15 @@ def sums_of_query_key(
             if part.dtype != torch.bool:
                 scores += part
             scores.masked_fill_(hidden, -torch.inf)
+        column = torch.arange(keys, device=query.device)
         if is_causal:
-            column = torch.arange(keys, device=query.device)
             scores.masked_fill_(column > at[:, None], -torch.inf)
+        if score_mod is not None or mask_mod is not None:
+            b, h = (torch.arange(n, device=query.device) for n in (batch, heads))
+            where = b[:, None, None, None], h[:, None, None], at[:, None], column
+            scores = scores if score_mod is None else score_mod(scores, *where)
+            if mask_mod is not None:
+                scores = torch.where(mask_mod(*where), scores, -torch.inf)
         sums.append(_sums_of_block(scores))
     return reduce(merge, sums)
 

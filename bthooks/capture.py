@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.flex_attention import flex_attention
 from torch._ops import OpOverload
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import (
@@ -84,6 +85,11 @@ class AttentionMode(TorchDispatchMode):
         return output
 
     def _look(self, func: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
+        if func is flex_attention:
+            with without_modes():
+                sums = _sums_of_flex(*args, rows=self._rows)
+            self._map(sums)
+            return
         name, arguments = _signature(func)
         if arguments is None:
             self._provenance.follow(name, args, output)
@@ -156,6 +162,30 @@ def _sums_of_fused(given: Mapping[str, Any], *, rows: int | None) -> Tensor:
         mask=next((mask for mask in masks if mask is not None), None),
         is_causal=given.get("is_causal", False),
         scale=given.get("scale"),
+        rows=rows,
+    )
+
+
+def _sums_of_flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable[..., Tensor],
+    block_mask: tuple[Any, ...],
+    scale: float,
+    options: Any,
+    score_buffers: tuple[Any, ...] = (),
+    mask_buffers: tuple[Any, ...] = (),
+    *,
+    rows: int | None,
+) -> Tensor:
+    mask_mod = block_mask[-1]
+    return sums_of_query_key(
+        query,
+        key,
+        scale=scale,
+        score_mod=lambda *where: score_mod(*where, *score_buffers),
+        mask_mod=lambda *where: mask_mod(*where, *mask_buffers),
         rows=rows,
     )
 

@@ -179,19 +179,34 @@ def test_a_model_compiled_after_attach_is_left_alone_and_said(tmp_path):
     assert [s for s, _ in read(tmp_path).scalars["gradients/total_norm"]] == [0, 1, 2, 3]
 
 
-def test_flex_attention_passes(tmp_path):
-    from torch.nn.attention.flex_attention import flex_attention
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("modified", [False, True])
+def test_flex_attention_with_its_score_and_mask_functions(modified, tmp_path):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    q, k = torch.randn(2, 4, 16, 8) * 2, torch.randn(2, 2, 16, 8) * 2
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0])
 
     class Flex(nn.Module):
-        def forward(self, x):
-            return flex_attention(x, x, x)
+        def forward(self, q, k):
+            if not modified:
+                return flex_attention(q, k, k, enable_gqa=True)
+            mask = create_block_mask(lambda b, h, i, j: j <= i + b, 2, None, 16, 16, device="cpu")
+            bias = lambda score, b, h, i, j: score - slopes[h] * (i - j)  # noqa: E731  # as written
+            return flex_attention(q, k, k, bias, mask, scale=0.5, enable_gqa=True)
 
-    x = torch.randn(1, 2, 16, 8)
+    scores = q.double() @ k.repeat_interleave(2, 1).double().mT * (0.5 if modified else 8**-0.5)
+    if modified:
+        distance = torch.arange(16)[:, None] - torch.arange(16)
+        scores -= slopes[:, None, None] * distance
+        hidden = distance[None, None] + torch.arange(2)[:, None, None, None] < 0
+        scores = scores.masked_fill(hidden, -torch.inf)
     model = Flex()
-    expected = model(x)
-    with attach(model, tmp_path, every=1, on_error="raise") as handle:
-        assert torch.equal(model(x), expected)
-    assert "attention" in handle.report().missed
+    expected = model(q, k)
+    with attach(model, tmp_path, every=1, on_error="raise"):
+        assert torch.equal(model(q, k), expected)
+    found = read(tmp_path).value("attention/entropy/root", 0)
+    assert found == pytest.approx(entropy(scores.softmax(-1)), abs=1e-5)
 
 
 def test_a_failure_to_measure_is_said_and_the_output_stands(tmp_path, monkeypatch):

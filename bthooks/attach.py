@@ -91,9 +91,12 @@ def attach(
         raise ValueError(f'attach: on_error={on_error!r}: expected "warn" or "raise"')
     check_backend(backend)
     target: Any = writer
-    if isinstance(writer, str | os.PathLike):
+    # The methods first: a mock has __fspath__ too.
+    if writer is None or callable(getattr(writer, "add_scalar", None)):
+        pass
+    elif isinstance(writer, str | os.PathLike):
         target = Path(writer).absolute()
-    elif writer is not None and not callable(getattr(writer, "add_scalar", None)):
+    else:
         raise TypeError(
             "attach: writer is an object with SummaryWriter's methods, a path or None, got "
             f"{type(writer).__name__}"

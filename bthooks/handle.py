@@ -27,7 +27,8 @@ from torch.optim.optimizer import (
 
 from .capture import calls_on_stack, steps_on_stack
 from .gradients import norms, update_ratios
-from .names import parameter_names
+from .hook import Hook
+from .names import module_names, parameter_names
 from .outbox import Batch, Outbox
 from .readings import Readings, learning_rates, parameter_histograms, uncertainties
 from .report import Ledger, Report
@@ -38,23 +39,6 @@ from .writers import is_main_rank, open_writer
 
 KINDS = ("attention", "gradients", "learning_rate", "uncertainty", "histograms")
 ON_REQUEST = ("activations", "updates")
-
-
-class _Hook:
-    """A hook on the model that copies as nothing.
-
-    deepcopy, pickle and torch.save carry `nullcontext().__exit__` in its place, which takes any
-    arguments and does nothing: copies are silent, and load where bthooks is not installed.
-    """
-
-    def __init__(self, handle: "Handle", call: Callable[..., None]) -> None:
-        self.handle, self._call = handle, call
-
-    def __call__(self, *args: Any) -> None:
-        self._call(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 class Handle:
@@ -84,6 +68,7 @@ class Handle:
         self._asked = capture is not None
         self._selected, self._rows = selected, rows
         self._ledger = Ledger(strict)
+        self._lock = threading.RLock()
         self._steps = Steps(step, cadences, self._ledger.failed)
         self._optimizers = Optimizers()
 
@@ -108,7 +93,7 @@ class Handle:
         atexit.register(self.detach)
         self._finalizer = weakref.finalize(model, self.detach)
         self._finalizer.atexit = False
-        before, after = _Hook(self, self._before_forward), _Hook(self, self._after_forward)
+        before, after = Hook(self, self._before_forward), Hook(self, self._after_forward)
         if isinstance(model, nn.TransformerEncoderLayer):
             # A hook of its own switches its C++ fast path off, one on all modules does not.
             self._handles = [
@@ -356,16 +341,22 @@ class Handle:
 
     @contextlib.contextmanager
     def _guard(self, site: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self._ledger.failed(site, error)
+        with self._lock:  # several threads may run one model
+            try:
+                yield
+            except Exception as error:
+                self._ledger.failed(site, error)
 
     def _say_absent(self) -> None:
         """Warn of what was asked for by name and not seen, and of a forward that never ran."""
         unseen = self._unseen()
         for kind, why in unseen.items() if self._asked else ():
             self._ledger.say(kind, why)
+        root = self._root()
+        if root is not None:
+            names = {*parameter_names(root).values(), *module_names(root).values()}
+            if not any(map(self._selected, names)):
+                self._ledger.say("include", "it selects no module path and no parameter name")
         if self._steps.rounds and not self._calls and "attention" in unseen and not self._asked:
             self._ledger.say("attention", unseen["attention"])
 
@@ -395,5 +386,5 @@ class Handle:
 def attachments(model: nn.Module) -> list[Handle]:
     """The attachments that `model` has."""
     hooks = [*model._forward_pre_hooks.values(), *module._global_forward_pre_hooks.values()]
-    handles = [hook.handle for hook in hooks if isinstance(hook, _Hook)]
-    return [handle for handle in handles if handle.is_of(model)]
+    owners = [hook.owner for hook in hooks if isinstance(hook, Hook)]
+    return [owner for owner in owners if isinstance(owner, Handle) and owner.is_of(model)]

@@ -3,6 +3,7 @@
 In: readings by number. Out: one event per number and prefix.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,7 @@ class Outbox:
     def __init__(self, writer: Any, prefix: str, failed: Callable[[str, Exception], None]) -> None:
         self._writer, self._prefix, self._failed = writer, prefix, failed
         self._waiting: list[Batch] = []
+        self._lock = threading.RLock()
         self._last: dict[str, tuple[int, set[str]]] = {}  # by prefix: the last number, its tags
 
     def add(self, batch: Batch) -> None:
@@ -41,7 +43,11 @@ class Outbox:
 
     def send(self) -> None:
         """Write what waits."""
-        waiting, self._waiting = self._waiting, []
+        with self._lock:  # several threads may run one model: their steps in order
+            waiting, self._waiting = self._waiting, []
+            self._send(waiting)
+
+    def _send(self, waiting: list[Batch]) -> None:
         for batch in waiting:
             readings, batch.readings = batch.readings, Readings()
             if self._writer is None or not is_main_rank():

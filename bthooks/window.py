@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from .attention import merge
 from .capture import AttentionMode, leave
 from .histograms import Histogram, histogram
+from .hook import Hook
 from .names import module_names
 
 
@@ -47,7 +48,7 @@ class Window:
             self._mode = AttentionMode(paths, self._map, rows, failed)
         wanted = _observable(root) if "activations" in kinds else ()
         for module, path in [(m, paths[m]) for m in wanted if selected(paths[m])]:
-            hook = functools.partial(self._activation, path)
+            hook = Hook(self, functools.partial(self._activation, path))
             self._handles.append(module.register_forward_hook(hook))
         if self._mode is not None:
             self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch's, not annotated

@@ -1,9 +1,11 @@
+import concurrent.futures
 import copy
 import gc
 import io
 import pickle
 import subprocess
 import sys
+import unittest.mock
 import warnings
 
 import pytest
@@ -412,6 +414,50 @@ def test_copies_are_silent_and_load_without_bthooks(tmp_path):
     handle.detach()
 
 
+def test_a_copy_made_within_an_observed_forward_is_silent(tmp_path):
+    model, copies = Transformer(), []
+    model.blocks[1].register_forward_pre_hook(
+        lambda module, args: copies.append(copy.deepcopy(model)) if not copies else None
+    )
+    with attach(model, tmp_path, capture=("attention", "activations"), histograms_every=1):
+        model(batch(0)[0])["logits"].sum().backward()
+        sgd(model).step()
+    assert any(module._forward_hooks for module in copies[0].blocks.modules())
+    x, _ = batch(1)
+    seen = copies[0].eval()(x)["logits"]
+    pickle.dumps(copies[0].head)
+    assert torch.equal(seen, copies[0](x)["logits"])
+    assert [s for s, _ in read(tmp_path).scalars["attention/mean_entropy"]] == [0]
+
+
+def test_a_mock_is_a_writer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    writer = unittest.mock.MagicMock()
+    model = Transformer()
+    with attach(model, writer, every=1):
+        train(model, sgd(model), 1)
+    assert "gradients/total_norm" in [call.args[0] for call in writer.add_scalar.call_args_list]
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_threads_may_run_one_model(tmp_path):
+    model = Transformer().eval()
+
+    def infer():
+        with torch.no_grad():
+            for seed in range(10):
+                model(batch(seed)[0])
+        assert torch._C._len_torch_dispatch_stack() == 0
+
+    with attach(model, tmp_path, every=1, on_error="raise") as handle:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(infer) for _ in range(4)]:
+                done.result()
+        assert handle.step > 0
+    steps = [s for s, _ in read(tmp_path).scalars["val/attention/mean_entropy"]]
+    assert steps == list(range(len(steps)))
+
+
 def test_a_dropped_handle_stays_attached_and_a_dropped_model_does_not(tmp_path):
     model = Transformer()
     attach(model, tmp_path, every=1)
@@ -595,6 +641,15 @@ def test_absent_kinds_are_a_warning_only_where_they_were_named():
     ):
         steps()
     assert len(caught) == 1
+
+
+def test_an_include_that_selects_nothing_is_said():
+    model = Transformer()
+    with (
+        pytest.warns(RuntimeWarning, match="include: it selects no module path"),
+        attach(model, None, include="encoder.*", every=1),
+    ):
+        train(model, sgd(model), 2)
 
 
 def test_a_forward_that_never_runs_is_said():

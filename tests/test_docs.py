@@ -32,6 +32,7 @@ ORDER = [  # a module imports those behind it only
     "report",
     "steps",
     "writers",
+    "hook",
     "fastpath",
     "attention",
     "gradients",

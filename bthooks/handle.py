@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -31,9 +30,9 @@ from .hook import Hook
 from .names import module_names, parameter_names
 from .outbox import Batch, Outbox
 from .readings import Readings, learning_rates, parameter_histograms, uncertainties
-from .report import Ledger, Report
-from .steps import Cadence, Due, Optimizers, Steps
-from .uncertainty import KEYS, find_uncertainties
+from .report import Ledger, Report, reasons
+from .steps import Cadence, Due, Optimizers, Probe, Steps
+from .uncertainty import find_uncertainties
 from .window import Window
 from .writers import is_main_rank, open_writer
 
@@ -75,7 +74,7 @@ class Handle:
         self._pool = Readings()  # of the training forwards since the last optimizer step
         self._round: Batch | None = None  # the round that has begun, if it is logged
         self._before: dict[str, Tensor] = {}  # the parameters before an update
-        self._probe: tuple[Any, Tensor] | None = None
+        self._probe = Probe()
 
         self._watch = any(self._steps.due_next)  # whether the next training forward is observed
         self._calls = 0
@@ -245,16 +244,8 @@ class Handle:
 
     def _moved_unseen(self, root: nn.Module) -> bool:
         """Whether the parameters change although no optimizer step has been seen: said once."""
-        if self._steps.rounds:
-            return False
-        own = [p for p in root.parameters() if p.requires_grad and not (is_lazy(p) or p.is_meta)]
-        if not own:
-            return False
-        smallest = min(own, key=torch.numel)
-        before, self._probe = self._probe, ([id(p) for p in own], smallest.detach().clone())
-        if before is None or before[0] != self._probe[0] or torch.equal(before[1], smallest):
-            return False
-        if steps_on_stack():  # LBFGS moves them between the calls of its closure
+        # LBFGS moves them too, between the calls of its closure.
+        if self._steps.rounds or not self._probe.moved(root) or steps_on_stack():
             return False
         self._ledger.say(
             "optimizer",
@@ -306,7 +297,7 @@ class Handle:
         if self._steps.rounds == 1:
             self._say_absent()
         self._outbox.send()
-        self._round = self._probe = None
+        self._round, self._probe = None, Probe()
 
     def _measure(self, batch: Batch, optimizer: Optimizer | None, index: int | None) -> None:
         names, readings, kinds = self._names(optimizer), batch.readings, self._kinds
@@ -362,24 +353,7 @@ class Handle:
 
     def _unseen(self) -> dict[str, str]:
         """Why each kind has not been seen so far."""
-        forward = step = ""
-        if not self._calls:
-            forward = (
-                "the forward of the attached module did not run where a hook sees it: attach to "
-                "the module that the loop calls, and after torch.compile to what it returns"
-            )
-        if not self._steps.rounds:
-            step = "no optimizer that holds a parameter of the model has stepped"
-        keys = ", ".join(key for names in KEYS.values() for key in names)
-        why = {
-            "attention": forward or "no attention was recognised in the observed forwards",
-            "activations": forward or "no selected module returned a tensor",
-            "uncertainty": forward or f"the output of the model has none of {keys}",
-            "gradients": step or "no selected parameter has had a gradient",
-            "learning_rate": step or "only advance() was called",
-            "histograms": step or "no parameter is selected",
-            "updates": step or "no parameter is selected",
-        }
+        why = reasons(called=self._calls > 0, stepped=self._steps.rounds > 0)
         return {kind: why[kind] for kind in self._kinds if not self._ledger.has(kind)}
 
 

@@ -5,6 +5,8 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from .uncertainty import KEYS
+
 
 class Report(NamedTuple):
     """What was captured, by kind; what was selected and not seen, with the reason."""
@@ -59,3 +61,31 @@ class Ledger:
         """The report, with the reasons why kinds have not been seen so far."""
         captured = {kind: tuple(names) for kind, names in self._captured.items() if names}
         return Report(captured, dict(unseen) | self._said)
+
+
+def reasons(*, called: bool, stepped: bool) -> dict[str, str]:
+    """Why a kind has not been seen, by kind.
+
+    Args:
+        called: whether the model's own forward ran where a hook sees it.
+        stepped: whether an optimizer that holds a parameter of the model did.
+    """
+    forward = (
+        ""
+        if called
+        else (
+            "the forward of the attached module did not run where a hook sees it: attach to the "
+            "module that the loop calls, and after torch.compile to what it returns"
+        )
+    )
+    step = "" if stepped else "no optimizer that holds a parameter of the model has stepped"
+    keys = ", ".join(key for names in KEYS.values() for key in names)
+    return {
+        "attention": forward or "no attention was recognised in the observed forwards",
+        "activations": forward or "no selected module returned a tensor",
+        "uncertainty": forward or f"the output of the model has none of {keys}",
+        "gradients": step or "no selected parameter has had a gradient",
+        "learning_rate": step or "only advance() was called",
+        "histograms": step or "no parameter is selected",
+        "updates": step or "no parameter is selected",
+    }

@@ -11,7 +11,9 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 Cadence = int | Callable[[int], bool]
@@ -139,3 +141,23 @@ class Optimizers:
     def recheck(self) -> None:
         """Look at the others again: their parameters may have become the model's."""
         self._others.clear()
+
+
+class Probe:
+    """Tells whether parameters change, by the smallest that is trained."""
+
+    def __init__(self) -> None:
+        self._last: tuple[list[int], Tensor] | None = None
+
+    def moved(self, root: nn.Module) -> bool:
+        """Whether it changed since the last call. By its value: `p.data` keeps the version."""
+        own = [p for p in root.parameters() if p.requires_grad and not (is_lazy(p) or p.is_meta)]
+        if not own:
+            return False
+        smallest = min(own, key=torch.numel).detach()
+        before, self._last = self._last, ([id(p) for p in own], smallest.clone())
+        return (
+            before is not None
+            and before[0] == self._last[0]
+            and not torch.equal(before[1], smallest)
+        )

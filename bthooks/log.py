@@ -4,7 +4,6 @@ In: a writer, what is to be measured and its step. Out: one event at that step.
 No cadence and no state: the caller decides when. Bad input is refused at the call.
 """
 
-import operator
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .attention import sums_of_weights
+from .checks import (
+    checked_hparam,
+    checked_model,
+    checked_number,
+    checked_step,
+    checked_values,
+    checked_weights,
+)
 from .gradients import gradient_norms
 from .histograms import histogram
 from .names import parameter_names, tag
@@ -39,7 +46,7 @@ def log_metrics(
         return
     if not isinstance(metrics, Mapping):
         raise TypeError(f"log_metrics: metrics are a dict of numbers, got {type(metrics).__name__}")
-    scalars = {name: _number("log_metrics", name, value) for name, value in metrics.items()}
+    scalars = {name: checked_number("log_metrics", name, value) for name, value in metrics.items()}
     _record(writer, Readings(scalars), step, prefix)
 
 
@@ -80,7 +87,7 @@ def log_gradients(writer: Writer | None, model: nn.Module, step: int, *, prefix:
     """
     if writer is None:
         return
-    norms = gradient_norms(_checked_model("log_gradients", model))
+    norms = gradient_norms(checked_model("log_gradients", model))
     if not norms:
         warnings.warn(
             "bthooks.log_gradients: no parameter has a gradient, nothing is written; call it "
@@ -124,7 +131,7 @@ def log_attention_stats(
     """
     if writer is None:
         return
-    attention_weights = _checked_weights(attention_weights)
+    attention_weights = checked_weights(attention_weights)
     readings = Readings(attention={name: sums_of_weights(attention_weights)})
     event = compose(readings)
     if attention_entropy is not None:
@@ -134,7 +141,7 @@ def log_attention_stats(
                 f"log_attention_stats: attention_entropy has mean {entropy}, expected nats >= 0"
             )
         event.scalars[f"attention/entropy/{name}"] = entropy
-    write(writer, prefixed(event, prefix), _checked_step(step))
+    write(writer, prefixed(event, prefix), checked_step(step))
 
 
 def log_uncertainty_metrics(
@@ -162,9 +169,7 @@ def log_uncertainty_metrics(
     if writer is None:
         return
     found = {"epistemic": epistemic} | ({} if aleatoric is None else {"aleatoric": aleatoric})
-    values = {
-        kind: _checked_values("log_uncertainty_metrics", kind, v) for kind, v in found.items()
-    }
+    values = {kind: checked_values("log_uncertainty_metrics", kind, v) for kind, v in found.items()}
     for kind, value in values.items():
         if value.numel() == 0 or value.is_complex() or value.shape != values["epistemic"].shape:
             raise ValueError(
@@ -189,7 +194,7 @@ def log_model_histograms(
     """
     if writer is None:
         return
-    names = parameter_names(_checked_model("log_model_histograms", model))
+    names = parameter_names(checked_model("log_model_histograms", model))
     _record(writer, Readings(histograms=parameter_histograms(names)), step, prefix)
 
 
@@ -212,7 +217,7 @@ def log_activations(
             f"log_activations: activations are a dict of tensors, got {type(activations).__name__}"
         )
     found = {
-        f"activations/{name}": histogram(_checked_values("log_activations", name, values))
+        f"activations/{name}": histogram(checked_values("log_activations", name, values))
         for name, values in activations.items()
     }
     _record(writer, Readings(histograms=found), step, prefix)
@@ -231,7 +236,7 @@ def log_text(writer: Writer | None, tag: str, text: str, step: int, *, prefix: s
         return
     if not isinstance(text, str):
         raise TypeError(f"log_text: the text of tag {tag!r} is a str, got {type(text).__name__}")
-    write(writer, prefixed(Event(texts={tag: text}), prefix), _checked_step(step))
+    write(writer, prefixed(Event(texts={tag: text}), prefix), checked_step(step))
 
 
 def log_hparams(
@@ -257,93 +262,14 @@ def log_hparams(
     for what, given in (("hparams", hparams), ("metrics", metrics)):
         if not isinstance(given, Mapping):
             raise TypeError(f"log_hparams: {what} are a dict, got {type(given).__name__}")
-    numbers = {name: _number("log_hparams", name, value) for name, value in metrics.items()}
+    numbers = {name: checked_number("log_hparams", name, value) for name, value in metrics.items()}
     event = compose(Readings(numbers))
     write_hparams(
         writer,
-        {name: _hparam(value) for name, value in hparams.items()},
+        {name: checked_hparam(value) for name, value in hparams.items()},
         prefixed(event, tag(prefix, "hparams")).scalars,
     )
 
 
 def _record(writer: Writer | None, readings: Readings, step: int, prefix: str) -> None:
-    write(writer, prefixed(compose(readings), prefix), _checked_step(step))
-
-
-def _checked_step(step: int) -> int:
-    try:
-        number = operator.index(step)
-    except TypeError:
-        raise TypeError(f"step is a whole number, got {step!r}") from None
-    if number < 0:
-        raise ValueError(f"step counts from 0, got {number}")
-    return number
-
-
-def _checked_model(where: str, model: nn.Module) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{where}: expected a torch.nn.Module, got {type(model).__name__}")
-    return model
-
-
-def _number(where: str, name: str, value: Any) -> Tensor | float:
-    """One real number, left on its device where it is a tensor."""
-    if not isinstance(name, str) or not name:
-        raise TypeError(f"{where}: names are non-empty str, got {name!r}")
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(
-                f"{where}: {name!r} has shape {tuple(value.shape)}, expected one number; "
-                "reduce it first, e.g. with .mean()"
-            )
-        if not value.is_complex():
-            return value.detach().reshape(())
-    elif not isinstance(value, str):
-        try:
-            return float(value)
-        except (TypeError, ValueError, OverflowError):
-            pass
-    raise TypeError(f"{where}: {name!r} is one real number, got {value!r}")
-
-
-def _checked_values(where: str, name: str, values: Any) -> Tensor:
-    try:
-        tensor: Tensor = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"{where}: {name!r} is a tensor of numbers, got {type(values).__name__}"
-        ) from None
-    return tensor
-
-
-def _checked_weights(given: Any) -> Tensor:
-    where = "log_attention_stats"
-    weights = _checked_values(where, "attention_weights", given).detach()
-    if weights.dim() != 4 or weights.numel() == 0:
-        raise ValueError(
-            f"{where}: attention_weights have shape (batch, heads, query, key), got "
-            f"{tuple(weights.shape)}; for weights averaged over heads use weights.unsqueeze(1)"
-        )
-    sums = weights.to(torch.float32).sum(-1)
-    sums = sums[(sums != 0) & ~sums.isnan()]
-    tolerance = 1e-3 if weights.dtype in (torch.float32, torch.float64) else 3e-2
-    least = weights.nan_to_num(0).amin().item()
-    if least < 0:
-        raise ValueError(
-            f"{where}: attention_weights go down to {least:.3g}, expected probabilities; "
-            "pass the weights after the softmax, not the scores"
-        )
-    if ((sums - 1).abs() > tolerance).any().item():
-        raise ValueError(
-            f"{where}: rows of attention_weights sum to {sums.min():.4g}..{sums.max():.4g}, "
-            "expected 1 over the last dimension; pass the weights before dropout"
-        )
-    return weights
-
-
-def _hparam(value: Any) -> str | float:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    return float(value)
+    write(writer, prefixed(compose(readings), prefix), checked_step(step))

@@ -32,6 +32,7 @@ ORDER = [  # a module imports those behind it only
     "report",
     "steps",
     "writers",
+    "checks",
     "hook",
     "fastpath",
     "attention",

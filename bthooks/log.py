@@ -236,6 +236,8 @@ def log_text(writer: Writer | None, tag: str, text: str, step: int, *, prefix: s
         return
     if not isinstance(text, str):
         raise TypeError(f"log_text: the text of tag {tag!r} is a str, got {type(text).__name__}")
+    if not isinstance(tag, str) or not tag.strip("/"):
+        raise TypeError(f"log_text: a tag is a non-empty str, got {tag!r}")
     write(writer, prefixed(Event(texts={tag: text}), prefix), checked_step(step))
 
 
@@ -266,7 +268,7 @@ def log_hparams(
     event = compose(Readings(numbers))
     write_hparams(
         writer,
-        {name: checked_hparam(value) for name, value in hparams.items()},
+        {str(name): checked_hparam(value) for name, value in hparams.items()},
         prefixed(event, tag(prefix, "hparams")).scalars,
     )
 

@@ -92,6 +92,8 @@ def make_writer(
     check_backend(backend)
     root = Path(log_dir)
     if experiment is not None:
+        if not isinstance(experiment, str):
+            raise TypeError(f"make_writer: experiment is a str or None, got {experiment!r}")
         run = Path(os.path.normpath(experiment))
         if run.is_absolute() or run.parts[:1] in ((), ("..",)):
             raise ValueError(
@@ -158,7 +160,7 @@ def write(writer: Any, event: Event, step: int) -> None:
     if writer is None or not is_main_rank():
         return
     histograms = {tag: raw(histogram) for tag, histogram in event.histograms.items()}
-    package = _package(writer)
+    package = _package(writer, "add_scalar", "add_histogram_raw", "add_image", "add_text")
     if package is None:
         for tag, value in event.scalars.items():
             writer.add_scalar(tag, value, step)
@@ -188,7 +190,7 @@ def write_hparams(writer: Any, hparams: dict[str, str | float], metrics: dict[st
     """Write hyperparameters and the metrics they led to as one event, without a sub-run."""
     if writer is None or not is_main_rank():
         return
-    package = _package(writer)
+    package = _package(writer, "add_hparams", "add_scalar")
     if package is None:
         writer.add_hparams(hparams, metrics)
         return
@@ -222,12 +224,19 @@ def _timestamp(root: Path) -> Path:
             return Path(run)
 
 
-def _package(writer: Any) -> str | None:
-    """The backend whose file writer can be used: not a subclass's, whose methods may differ."""
+def _package(writer: Any, *methods: str) -> str | None:
+    """The backend whose file writer can be used, since no subclass changed its `methods`."""
     kind = type(writer)
-    for package in _PACKAGES.values():
-        if kind.__name__ == "SummaryWriter" and kind.__module__ == f"{package}.writer":
-            return package
+    for base in kind.__mro__:
+        for package in _PACKAGES.values():
+            if base.__name__ == "SummaryWriter" and base.__module__ == f"{package}.writer":
+                own = all(getattr(kind, name) is getattr(base, name) for name in methods)
+                return package if own else None
+    if not callable(getattr(writer, methods[0], None)):
+        raise TypeError(
+            "writer is an object with SummaryWriter's methods, as make_writer opens one, or None; "
+            f"got {kind.__name__}, which has no {methods[0]}"
+        )
     return None
 
 

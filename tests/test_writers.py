@@ -44,6 +44,28 @@ def test_two_writers_of_one_folder_and_second_keep_both_their_events(tmp_path, b
     assert read(tmp_path).scalars["train/loss"] == [(0, 0.0), (1, 1.0)]
 
 
+def test_a_subclass_is_called_where_it_changed_something(tmp_path, backend):
+    kind = type(make_writer(tmp_path, "base", backend=backend))
+    seen = []
+
+    class Own(kind):
+        def add_scalar(self, tag, *args, **kwargs):
+            seen.append(tag)
+            super().add_scalar(tag, *args, **kwargs)
+
+    plain, own = type("Plain", (kind,), {})(str(tmp_path / "plain")), Own(str(tmp_path / "own"))
+    for writer in (plain, own):
+        bthooks.log_metrics(writer, {"loss": 1.0}, 0)
+        if writer is plain:
+            bthooks.log_hparams(writer, {"lr": 1.0}, {"accuracy": 0.5})
+        writer.close()
+    assert seen == ["train/loss"]
+    assert read(tmp_path / "own").scalars == {"train/loss": [(0, 1.0)]}
+    run = read(tmp_path / "plain")
+    assert run.files == 1
+    assert run.scalars == {"train/loss": [(0, 1.0)], "hparams/accuracy": [(0, 0.5)]}
+
+
 def test_purge_step_hides_what_came_after(tmp_path, backend):
     for start in (0, 2):
         purge = start or None
@@ -65,6 +87,7 @@ def test_purge_step_hides_what_came_after(tmp_path, backend):
         ({"experiment": "a/../.."}, ValueError, "does not name a folder inside"),
         ({"experiment": ""}, ValueError, "does not name a folder inside"),
         ({"max_que": 3}, TypeError, "no option max_que"),
+        ({"experiment": 3}, TypeError, "a str or None, got 3"),
     ],
 )
 def test_bad_arguments_are_refused(tmp_path, backend, arguments, error, message):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .handle import KINDS, ON_REQUEST, Handle, attachments
-from .names import Selector, selector
+from .names import Selector, selector, tag
 from .steps import Cadence
 from .writers import Writer, check_backend
 
@@ -104,13 +104,14 @@ def attach(
     kinds = None if capture is None else _checked_kinds(capture)
     selected = selector(include)
     for former in attachments(model):
-        if former.prefix == prefix and (former.target is target or former.target == target):
-            former.detach()
+        same = former.target is target or former.target == target
+        if same and tag(former.prefix) == tag(prefix):
             warnings.warn(
                 "bthooks.attach: this model was attached to this writer already: this attachment "
                 f"replaces the former, which ends before step {former.step}",
                 stacklevel=2,
             )
+            former.detach()
     return Handle(
         model,
         target,

@@ -23,6 +23,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils.hooks import RemovableHandle
 
 from .capture import calls_on_stack, steps_on_stack
 from .gradients import norms, update_ratios
@@ -82,6 +83,7 @@ class Handle:
         self._observed: Batch | None = None  # what the window's readings go to
         self._depth = 0  # calls of the root inside its own forward
         self._handled: BaseException | None = None
+        self._last_handle: RemovableHandle | None = None
 
         self._opened = isinstance(target, Path) and is_main_rank()
         self.writer: Any = None if isinstance(target, Path) else target
@@ -128,6 +130,8 @@ class Handle:
         self._pool = Readings()
         self._outbox.add(pooled)
         self._outbox.flush()
+        if self._round is not None:  # another optimizer may still step in it
+            self._outbox.add(self._round)
 
     def report(self) -> Report:
         """What was captured; what was selected and has not been seen, and why."""
@@ -151,9 +155,11 @@ class Handle:
         """
         if not self._handles:
             return
-        for handle in self._handles:
+        handles, self._handles = self._handles, []
+        if self._window is not None and self._window.thread != threading.get_ident():
+            self._last_handle = handles.pop(1)  # that thread's forward ends with this hook
+        for handle in handles:
             handle.remove()
-        self._handles = []
         self._finalizer.detach()
         atexit.unregister(self.detach)
         self._close_window()
@@ -174,7 +180,12 @@ class Handle:
         if torch.compiler.is_compiling() or root is not self._root():
             return
         self._calls += 1
-        steps = self._steps
+        window, steps = self._window, self._steps
+        if window is not None and window.thread == threading.get_ident():
+            if calls_on_stack(root) > 1:
+                self._depth += 1
+                return
+            self._close_window()  # KeyboardInterrupt skips the hook that closes it
         training = root.training and (steps.rounds > 0 or torch.is_grad_enabled())
         if not (self._watch if training else steps.rounds == 0 or not steps.evaluated):
             return
@@ -191,12 +202,7 @@ class Handle:
 
     def _open_window(self, root: nn.Module, batch: Batch) -> None:
         if self._window is not None:
-            if self._window.thread != threading.get_ident():
-                return
-            if calls_on_stack(root) > 1:
-                self._depth += 1
-                return
-            self._close_window()  # KeyboardInterrupt skips the hook that closes it
+            return  # another thread's
         self._optimizers.recheck()
         kinds = set(self._kinds)
         kinds -= set() if batch.due.scalars else {"attention"}
@@ -215,7 +221,9 @@ class Handle:
             return
         with self._guard("forward"):
             self._close_window()
-            if sys.exc_info()[1] is self._handled:  # else it raised: not a whole forward
+            if self._last_handle is not None:
+                self._last_handle.remove()
+            elif sys.exc_info()[1] is self._handled:  # else it raised: not a whole forward
                 self._keep(window, batch, output)
 
     def _keep(self, window: Window, batch: Batch, output: Any) -> None:
@@ -238,7 +246,7 @@ class Handle:
             self._pool.merge(readings)
 
     def _close_window(self) -> None:
-        if self._window is not None:
+        if self._window is not None and self._window.thread == threading.get_ident():
             self._window.close()
             self._window = None
 
@@ -303,22 +311,26 @@ class Handle:
         names, readings, kinds = self._names(optimizer), batch.readings, self._kinds
         if batch.due.scalars:
             if "gradients" in kinds:
-                found = norms({name: p.grad for p, name in names.items() if p.grad is not None})
-                readings.norms |= found
-                self._ledger.captured("gradients", found)
+                with self._guard("gradients"):
+                    found = norms({name: p.grad for p, name in names.items() if p.grad is not None})
+                    readings.norms |= found
+                    self._ledger.captured("gradients", found)
             if "learning_rate" in kinds and optimizer is not None:
-                rates = learning_rates(optimizer, index or 0)
-                readings.scalars |= rates
-                self._ledger.captured("learning_rate", rates)
+                with self._guard("learning rate"):
+                    rates = learning_rates(optimizer, index or 0)
+                    readings.scalars |= rates
+                    self._ledger.captured("learning_rate", rates)
             before, self._before = self._before, {}
-            ratios = update_ratios(before, {name: p for p, name in names.items()})
-            readings.scalars |= {f"gradients/update_ratio/{n}": r for n, r in ratios.items()}
-            self._ledger.captured("updates", ratios)
+            with self._guard("update ratios"):
+                ratios = update_ratios(before, {name: p for p, name in names.items()})
+                readings.scalars |= {f"gradients/update_ratio/{n}": r for n, r in ratios.items()}
+                self._ledger.captured("updates", ratios)
         if batch.due.histograms and "histograms" in kinds:
-            # The first optimizer of a round brings the parameters that none holds.
-            every = self._names(None) if len(self._steps.stepped) == 1 else names
-            readings.histograms |= parameter_histograms(every)
-            self._ledger.captured("histograms", every.values())
+            with self._guard("histograms"):
+                # The first optimizer of a round brings the parameters that none holds.
+                every = self._names(None) if len(self._steps.stepped) == 1 else names
+                readings.histograms |= parameter_histograms(every)
+                self._ledger.captured("histograms", every.values())
 
     def _names(self, optimizer: Optimizer | None) -> dict[nn.Parameter, str]:
         """The selected parameters that `optimizer` holds; all selected ones for None."""
@@ -345,9 +357,10 @@ class Handle:
             self._ledger.say(kind, why)
         root = self._root()
         if root is not None:
-            names = {*parameter_names(root).values(), *module_names(root).values()}
-            if not any(map(self._selected, names)):
-                self._ledger.say("include", "it selects no module path and no parameter name")
+            with self._guard("include"):
+                names = {*parameter_names(root).values(), *module_names(root).values()}
+                if not any(map(self._selected, names)):
+                    self._ledger.say("include", "it selects no module path and no parameter name")
         if self._steps.rounds and not self._calls and "attention" in unseen and not self._asked:
             self._ledger.say("attention", unseen["attention"])
 

@@ -36,7 +36,7 @@ class Outbox:
         self._writer, self._prefix, self._failed = writer, prefix, failed
         self._waiting: list[Batch] = []
         self._lock = threading.RLock()
-        self._last: dict[str, tuple[int, set[str]]] = {}  # by prefix: the last number, its tags
+        self._last: dict[str, int] = {}  # by tag: the number last written
 
     def add(self, batch: Batch) -> None:
         self._waiting.append(batch)
@@ -55,7 +55,7 @@ class Outbox:
             try:
                 event = compose(readings, model=True, images=batch.due.histograms)
                 event = prefixed(event, tag(self._prefix, batch.prefix))
-                write(self._writer, self._unwritten(event, batch), batch.number)
+                write(self._writer, self._unwritten(event, batch.number), batch.number)
             except Exception as error:
                 self._failed("event file", error)
 
@@ -68,11 +68,11 @@ class Outbox:
             except Exception as error:
                 self._failed("flush of the writer", error)
 
-    def _unwritten(self, event: Event, batch: Batch) -> Event:
-        """`event` without the tags that a flush in the middle of the step has written."""
-        number, tags = self._last.get(batch.prefix, (-1, set()))
-        if number != batch.number:
-            tags = set()
-        parts = [{t: v for t, v in part.items() if t not in tags} for part in vars(event).values()]
-        self._last[batch.prefix] = batch.number, tags.union(*parts)
+    def _unwritten(self, event: Event, number: int) -> Event:
+        """`event` without the tags that a flush in the middle of a step has brought this far."""
+        parts = [
+            {tag: value for tag, value in part.items() if self._last.get(tag, -1) < number}
+            for part in vars(event).values()
+        ]
+        self._last |= {tag: number for part in parts for tag in part}
         return Event(*parts)

@@ -91,11 +91,12 @@ def learning_rates(optimizer: Optimizer, index: int = 0) -> dict[str, Tensor | f
     groups = optimizer.param_groups
     names = distinct(str(group.get("name", at)) for at, group in enumerate(groups))
     start = f"learning_rate/{index}/" if index else "learning_rate/"
-    rates = (group["lr"] for group in groups)
+    rates = (group.get("lr") for group in groups)
     # A scheduler changes a tensor rate in place: hence the copy.
     return {
         start + name: rate.detach().clone() if isinstance(rate, Tensor) else float(rate)
         for name, rate in zip(names, rates, strict=True)
+        if rate is not None  # it is the optimizer's own business, as in Adafactor
     }
 
 

@@ -100,7 +100,13 @@ class Steps:
         return self._last_eval
 
     def state_dict(self) -> dict[str, int]:
-        return {"step": self.number, "rounds": self.rounds, "evaluated": int(self.evaluated)}
+        return {
+            "step": self.number,
+            "rounds": self.rounds,
+            "evaluated": int(self.evaluated),
+            "inferences": self.inferences,
+            "last_eval": self._last_eval,
+        }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         if state.keys() != self.state_dict().keys():
@@ -110,7 +116,8 @@ class Steps:
             )
         self.number, self.rounds = state["step"], state["rounds"]
         self.evaluated = bool(state["evaluated"])
-        self._first = None if self.rounds else self.number
+        self.inferences, self._last_eval = state["inferences"], state["last_eval"]
+        self._first = None if self.rounds or self.inferences else self.number
         self.due, self.due_next = NEVER, self.due_at(self.number)
         self.stepped.clear()
 

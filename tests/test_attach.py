@@ -5,6 +5,7 @@ import io
 import pickle
 import subprocess
 import sys
+import threading
 import unittest.mock
 import warnings
 
@@ -428,6 +429,83 @@ def test_a_copy_made_within_an_observed_forward_is_silent(tmp_path):
     pickle.dumps(copies[0].head)
     assert torch.equal(seen, copies[0](x)["logits"])
     assert [s for s, _ in read(tmp_path).scalars["attention/mean_entropy"]] == [0]
+
+
+def test_an_include_that_raises_is_said_and_training_goes_on(tmp_path):
+    model = Transformer()
+    optimizer = sgd(model)
+    handle = attach(model, tmp_path, every=1, include=lambda name: int(name) > 0)
+    with pytest.warns(RuntimeWarning, match="ValueError: invalid literal"):
+        train(model, optimizer, 3)
+    handle.detach()
+    assert handle.step == 3
+
+
+def test_another_thread_can_end_an_attachment_within_a_forward(tmp_path):
+    model, inside, ended = Transformer().eval(), threading.Event(), threading.Event()
+    handle = attach(model, tmp_path, every=1)
+    model.head.register_forward_pre_hook(lambda *_: (inside.set(), ended.wait(30), None)[-1])
+
+    def infer():
+        model(batch(0)[0])
+        return torch._C._len_torch_dispatch_stack()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        depth = pool.submit(infer)
+        inside.wait(30)
+        handle.detach()
+        ended.set()
+        assert depth.result() == 0
+    model.head._forward_pre_hooks.clear()
+    assert traces(model) == ([], 0)
+
+
+def test_a_flush_between_two_optimizers_loses_nothing(tmp_path):
+    model = Transformer()
+    parts = [sgd(model.blocks), sgd(model.head)]
+    with attach(model, tmp_path, every=1) as handle:
+        for _ in range(2):
+            for optimizer in parts:
+                model(batch(0)[0])["logits"].sum().backward()
+                optimizer.step()
+                handle.flush()
+    run = read(tmp_path)
+    for name in ("blocks.0.norm.weight", "head.weight"):
+        assert [s for s, _ in run.scalars[f"gradients/norm/{name}"]] == [0, 1]
+
+
+def test_a_root_that_calls_itself_in_eval_is_one_forward(tmp_path):
+    class Teacher(Transformer):
+        def forward(self, x):
+            if self.training:
+                self.eval()
+                with torch.no_grad():
+                    self(x)
+                self.train()
+            return super().forward(x)
+
+    model = Teacher()
+    optimizer = sgd(model)
+    with attach(model, tmp_path, every=1):
+        for step in range(3):
+            train(model, optimizer, 1, start=step)
+            model.eval()
+            model(batch(0)[0])
+            model.train()
+    run = read(tmp_path)
+    for tag in ("attention/entropy/blocks.0.attention", "attention/entropy/blocks.0.attention/1"):
+        assert [s for s, _ in run.scalars[tag]] == [0, 1, 2]
+
+
+def test_inference_resumes_where_it_was():
+    model = Transformer().eval()
+    with attach(model, None, every=1) as handle:
+        for seed in range(3):
+            model(batch(seed)[0])
+        state = handle.state_dict()
+    with attach(model, None, every=1) as handle:
+        handle.load_state_dict(state)
+        assert handle.step == 3
 
 
 def test_a_mock_is_a_writer(tmp_path, monkeypatch):

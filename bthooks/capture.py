@@ -84,6 +84,11 @@ class AttentionMode(TorchDispatchMode):
             self._failed(f"attention of {func}", error)
         return output
 
+    def forget(self) -> None:
+        """Let go of the model: the trace and the mode refer to each other."""
+        self._paths = {}
+        del self._provenance
+
     def _look(self, func: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
         if func is flex_attention:
             with without_modes():

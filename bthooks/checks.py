@@ -4,6 +4,7 @@ In: anything. Out: the same in one type, or an error that says what, where, what
 mend it.
 """
 
+import numbers
 import operator
 from typing import Any
 
@@ -41,7 +42,9 @@ def checked_number(where: str, name: str, value: Any) -> Tensor | float:
             )
         if not value.is_complex():
             return value.detach().reshape(())
-    elif not isinstance(value, str):
+    elif not isinstance(value, str | bytes) and not (
+        isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
+    ):
         try:
             return float(value)
         except (TypeError, ValueError, OverflowError):

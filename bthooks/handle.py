@@ -8,6 +8,7 @@ in eval mode stand apart, under `val/`.
 
 import atexit
 import contextlib
+import os
 import sys
 import threading
 import weakref
@@ -69,6 +70,7 @@ class Handle:
         self._selected, self._rows = selected, rows
         self._ledger = Ledger(strict)
         self._lock = threading.RLock()
+        self._process = os.getpid()
         self._steps = Steps(step, cadences, self._ledger.failed)
         self._optimizers = Optimizers()
 
@@ -156,6 +158,8 @@ class Handle:
         if not self._handles:
             return
         handles, self._handles = self._handles, []
+        if os.getpid() != self._process:  # a forked child has the hooks, and no writer's thread
+            return
         if self._window is not None and self._window.thread != threading.get_ident():
             self._last_handle = handles.pop(1)  # that thread's forward ends with this hook
         for handle in handles:
@@ -220,10 +224,11 @@ class Handle:
             self._depth -= 1
             return
         with self._guard("forward"):
+            handled = self._handled
             self._close_window()
             if self._last_handle is not None:
                 self._last_handle.remove()
-            elif sys.exc_info()[1] is self._handled:  # else it raised: not a whole forward
+            elif sys.exc_info()[1] is handled:  # else it raised: not a whole forward
                 self._keep(window, batch, output)
 
     def _keep(self, window: Window, batch: Batch, output: Any) -> None:
@@ -248,7 +253,7 @@ class Handle:
     def _close_window(self) -> None:
         if self._window is not None and self._window.thread == threading.get_ident():
             self._window.close()
-            self._window = None
+            self._window = self._handled = None
 
     def _moved_unseen(self, root: nn.Module) -> bool:
         """Whether the parameters change although no optimizer step has been seen: said once."""
@@ -263,10 +268,15 @@ class Handle:
         self._watch = False
         return True
 
+    def _index(self, optimizer: Optimizer) -> int | None:
+        with self._guard("parameters of the optimizer"):
+            return self._optimizers.index(optimizer, self._root())
+        return None
+
     def _before_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        if self._optimizers.index(optimizer, self._root()) is not None:
+        if self._index(optimizer) is not None:
             steps = self._steps
             due = steps.due_next if steps.begins_round(optimizer) else steps.due
             if due.scalars:
@@ -277,7 +287,7 @@ class Handle:
     def _after_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        index = self._optimizers.index(optimizer, self._root())
+        index = self._index(optimizer)
         if index is not None:
             self._count(optimizer, index)
 

@@ -42,10 +42,14 @@ def distinct(names: Iterable[str]) -> Iterator[str]:
     >>> list(distinct(["a", "b", "a"]))
     ['a', 'b', 'a_2']
     """
-    seen: dict[str, int] = {}
+    seen: set[str] = set()
     for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        yield name if seen[name] == 1 else f"{name}_{seen[name]}"
+        new, number = name, 1
+        while new in seen:
+            number += 1
+            new = f"{name}_{number}"
+        seen.add(new)
+        yield new
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, str]:

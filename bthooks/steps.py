@@ -137,7 +137,7 @@ class Optimizers:
         index = self._index.get(optimizer)
         if index is not None or root is None or optimizer in self._others:
             return index
-        own = set(root.parameters())
+        own = {p for _, p in root.named_parameters()}  # GANs override parameters()
         if not any(p in own for group in optimizer.param_groups for p in group["params"]):
             self._others.add(optimizer)
             return None
@@ -158,7 +158,11 @@ class Probe:
 
     def moved(self, root: nn.Module) -> bool:
         """Whether it changed since the last call. By its value: `p.data` keeps the version."""
-        own = [p for p in root.parameters() if p.requires_grad and not (is_lazy(p) or p.is_meta)]
+        own = [
+            p
+            for _, p in root.named_parameters()
+            if p.requires_grad and not (is_lazy(p) or p.is_meta)
+        ]
         if not own:
             return False
         smallest = min(own, key=torch.numel).detach()

@@ -57,6 +57,8 @@ class Window:
         """Take everything off again."""
         if self._mode is not None:
             leave(self._mode)
+            self._mode.forget()
+            self._mode = None
         for handle in self._handles:
             handle.remove()
 

@@ -508,6 +508,33 @@ def test_inference_resumes_where_it_was():
         assert handle.step == 3
 
 
+def test_a_forked_child_ends_without_us(tmp_path):
+    code = f"""
+import os, sys, bthooks
+from torch import nn
+writer = bthooks.make_writer({str(tmp_path)!r}, "run")
+bthooks.attach(nn.Linear(2, 2), writer)
+child = os.fork()
+if child == 0:
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_model_that_overrides_parameters_is_known(tmp_path):
+    class Pair(Transformer):
+        def parameters(self, recurse=True):
+            return [list(self.blocks.parameters()), list(self.head.parameters())]
+
+    model = Pair()
+    optimizer = torch.optim.SGD([p for _, p in model.named_parameters()], lr=0.1)
+    with attach(model, tmp_path, every=1) as handle:
+        train(model, optimizer, 2)
+    assert handle.step == 2
+    assert [s for s, _ in read(tmp_path).scalars["gradients/total_norm"]] == [0, 1]
+
+
 def test_a_mock_is_a_writer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     writer = unittest.mock.MagicMock()

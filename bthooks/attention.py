@@ -6,8 +6,9 @@ Out: one value per statistic, per head or for the whole map.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,6 +83,27 @@ def sums_of_weights(weights: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sums_of_query_key(
+    query: Tensor, key: Tensor, *, rows: int | None = None, **arguments: Any
+) -> Tensor:
+    """The sums of one map as softmax(scale query key^T + mask) would give them: `(heads, 12)`.
+
+    Args:
+        rows: take this many query rows, evenly spread; None takes all.
+        arguments: as for `score_blocks`.
+
+    Nested tensors, `(batch, heads, L_i, d)`, are as many maps of one sample, merged.
+    """
+    if query.is_nested:
+        pairs = zip(query.unbind(), key.unbind(), strict=True)
+        return reduce(
+            merge,
+            (sums_of_query_key(q[None], k[None], rows=rows, **arguments) for q, k in pairs),
+        )
+    blocks = score_blocks(query, key, rows=rows, **arguments)
+    return reduce(merge, (_sums_of_block(scores) for _, scores in blocks))
+
+
+def score_blocks(
     query: Tensor,
     key: Tensor,
     *,
@@ -91,8 +113,8 @@ def sums_of_query_key(
     score_mod: Callable[..., Tensor] | None = None,
     mask_mod: Callable[..., Tensor] | None = None,
     rows: int | None = None,
-) -> Tensor:
-    """The sums of one map as softmax(scale query key^T + mask) would give them: `(heads, 12)`.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The scores of some query rows at a time, so that memory never grows with L x S.
 
     Args:
         query: `(batch, heads, L, d)`.
@@ -103,9 +125,10 @@ def sums_of_query_key(
         score_mod: `(score, batch, head, row, key) -> score`, as FlexAttention has it; its arguments
             are tensors that broadcast.
         mask_mod: `(batch, head, row, key) -> bool`, True where a key is seen.
-        rows: take this many query rows, evenly spread; None takes all.
+        rows: of these query rows, evenly spread; None takes all.
 
-    Scores are made for a block of rows at a time, so memory never grows with L x S.
+    Yields:
+        the rows `(r,)` and their scores `(batch, heads, r, S)`, -inf where a key is not seen.
     """
     batch, heads, length, width = query.shape
     keys = key.shape[-2]
@@ -117,7 +140,6 @@ def sums_of_query_key(
     k = k.transpose(-1, -2)  # (B, H, d, S)
     if mask is not None:
         mask = mask.expand(batch, heads, mask.shape[-2] if mask.dim() > 1 else 1, keys)
-    sums: list[Tensor] = []
     for at in _row_blocks(length, rows, batch * heads * keys, query.device):
         q = query.index_select(-2, at).to(dtype) * scale  # (B, H, r, d)
         scores = q @ k  # (B, H, r, d) x (B, H, d, S) -> (B, H, r, S)
@@ -136,17 +158,22 @@ def sums_of_query_key(
             scores = scores if score_mod is None else score_mod(scores, *where)
             if mask_mod is not None:
                 scores = torch.where(mask_mod(*where), scores, -torch.inf)
-        sums.append(_sums_of_block(scores))
-    return reduce(merge, sums)
+        yield at, scores
 
 
 @torch.no_grad()
 def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | None = None) -> Tensor:
-    """The sums of one map from the scores `(batch, heads, L, S)` of its softmax: `(heads, 12)`.
+    """The sums of one map from the scores `(..., heads, L, S)` of its softmax: `(heads, 12)`.
 
     A key that is not seen has a score of -1e4 or below. Columns outside `keys` are sinks: they
     take their share of the softmax and are no keys. `rows` as in `sums_of_query_key`.
     """
+    if scores.is_nested:
+        return reduce(
+            merge, (sums_of_scores(sample[None], rows=rows) for sample in scores.unbind())
+        )
+    heads = scores.shape[-3] if scores.dim() > 3 else 1
+    scores = scores.reshape(-1, heads, *scores.shape[-2:])  # (B, H, L, S)
     batch, heads, length, columns = scores.shape
     dtype = torch.promote_types(scores.dtype, torch.float32)
     sums: list[Tensor] = []

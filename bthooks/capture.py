@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import (
     _push_mode,
 )
 
-from . import fastpath
-from .attention import sums_of_query_key
+from . import fastpath, fused
 from .provenance import Provenance, without_modes
+from .report import Ledger
 
 # Under inference_mode these arrive whole, and with them the attention that they are made of.
 _MADE_OF_OTHERS = (
@@ -36,6 +36,9 @@ _MADE_OF_OTHERS = (
     torch.ops.aten.einsum.default,
     torch.ops.aten.tensordot.default,
 )
+_SDPA = "_scaled_dot_product_"
+# What nested tensors call on CUDA: laid out as flash_attn's own operators are.
+_KERNELS = ("_flash_attention_forward", "_efficient_attention_forward", "_cudnn_attention_forward")
 _CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
 
 
@@ -47,7 +50,7 @@ class AttentionMode(TorchDispatchMode):
         found: called with the path of the innermost of them that ran the map, and its sums
             `(heads, 12)`.
         rows: the query rows per map that statistics are taken from; None takes all.
-        failed: called with what could not be measured, and why.
+        ledger: told what could not be measured, and why.
     """
 
     # Without it flex_attention raises under a mode.
@@ -63,10 +66,10 @@ class AttentionMode(TorchDispatchMode):
         paths: Mapping[nn.Module, str],
         found: Callable[[str, Tensor], None],
         rows: int | None,
-        failed: Callable[[str, Exception], None],
+        ledger: Ledger,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's, not annotated
-        self._paths, self._found, self._rows, self._failed = paths, found, rows, failed
+        self._paths, self._found, self._rows, self._ledger = paths, found, rows, ledger
         parameters = (p for module in paths for p in module._parameters.values() if p is not None)
         self._provenance = Provenance(parameters, self._map, rows)
 
@@ -81,7 +84,7 @@ class AttentionMode(TorchDispatchMode):
         try:
             self._look(func, args, kwargs, output)
         except Exception as error:
-            self._failed(f"attention of {func}", error)
+            self._ledger.failed(f"attention of {func}", error)
         return output
 
     def forget(self) -> None:
@@ -92,21 +95,35 @@ class AttentionMode(TorchDispatchMode):
     def _look(self, func: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
         if func is flex_attention:
             with without_modes():
-                sums = _sums_of_flex(*args, rows=self._rows)
+                sums = fused.sums_of_flex(*args, rows=self._rows)
             self._map(sums)
             return
-        name, arguments = _signature(func)
-        if arguments is None:
+        name, defaults = _signature(func)
+        if defaults is None:
             self._provenance.follow(name, args, output)
             return
-        given = dict(zip(arguments, args, strict=False)) | kwargs
-        query = args[0]
-        if query.numel() == 0:
+        given = defaults | dict(zip(defaults, args, strict=False)) | kwargs
+        first = next((value for value in given.values() if isinstance(value, Tensor)), None)
+        if first is None or not first.numel():
             return
-        with without_modes(), torch.autocast(query.device.type, enabled=False):
-            measure = fastpath.sums_of_layer if name in fastpath.OPERATORS else _sums_of_fused
-            sums = measure(given, rows=self._rows)
-        self._map(sums)
+        with without_modes(), torch.autocast(first.device.type, enabled=False):
+            found = self._sums(name, given, output)
+        if found is None:
+            self._ledger.say(
+                f"attention of {func}",
+                "unsupported operator: it takes query, key and value, but what it returns is not "
+                "softmax(scale query key^T) value as far as its arguments are understood; dropout "
+                "inside it can't be seen through",
+            )
+        else:
+            self._map(found)
+
+    def _sums(self, name: str, given: Mapping[str, Any], output: Any) -> Tensor | None:
+        if name in fastpath.OPERATORS:
+            return fastpath.sums_of_layer(given, rows=self._rows)
+        if name.startswith(_SDPA):
+            return fused.sums_of_sdpa(given, rows=self._rows)
+        return fused.sums_of_custom(given, output, rows=self._rows)
 
     def _map(self, sums: Tensor) -> None:
         module = self._innermost()
@@ -159,51 +176,13 @@ def leave(mode: TorchDispatchMode) -> None:
         _push_mode(other)
 
 
-def _sums_of_fused(given: Mapping[str, Any], *, rows: int | None) -> Tensor:
-    masks = (given.get(name) for name in ("attn_mask", "attn_bias"))
-    return sums_of_query_key(
-        given["query"],
-        given["key"],
-        mask=next((mask for mask in masks if mask is not None), None),
-        is_causal=given.get("is_causal", False),
-        scale=given.get("scale"),
-        rows=rows,
-    )
-
-
-def _sums_of_flex(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    score_mod: Callable[..., Tensor],
-    block_mask: tuple[Any, ...],
-    scale: float,
-    options: Any,
-    score_buffers: tuple[Any, ...] = (),
-    mask_buffers: tuple[Any, ...] = (),
-    *,
-    rows: int | None,
-) -> Tensor:
-    mask_mod = block_mask[-1]
-    return sums_of_query_key(
-        query,
-        key,
-        scale=scale,
-        score_mod=lambda *where: score_mod(*where, *score_buffers),
-        mask_mod=lambda *where: mask_mod(*where, *mask_buffers),
-        rows=rows,
-    )
-
-
 @functools.cache
-def _signature(func: Any) -> tuple[str, tuple[str, ...] | None]:
-    """The name of an operator; of one that computes attention also its argument names."""
+def _signature(func: Any) -> tuple[str, dict[str, Any] | None]:
+    """The name of an operator; of one that may compute attention also its arguments' defaults."""
     if not isinstance(func, OpOverload):
         return "", None
     namespace, _, name = func._schema.name.partition("::")
-    if namespace != "aten":
-        return "", None
-    fused = name.startswith("_scaled_dot_product_") and "backward" not in name
-    if fused or name in fastpath.OPERATORS:
-        return name, tuple(argument.name for argument in func._schema.arguments)
-    return name, None
+    arguments = {argument.name: argument.default_value for argument in func._schema.arguments}
+    known = name in fastpath.OPERATORS or name in _KERNELS or name.startswith(_SDPA)
+    custom = namespace != "aten" and fused.takes_attention(arguments)
+    return name, arguments if (known or custom) and "backward" not in name else None

@@ -212,7 +212,7 @@ class Handle:
         kinds -= set() if batch.due.scalars else {"attention"}
         kinds -= set() if batch.due.histograms else {"activations"}
         self._handled, self._depth, self._observed = sys.exc_info()[1], 0, batch
-        self._window = Window(root, self._selected, kinds, self._rows, self._ledger.failed)
+        self._window = Window(root, self._selected, kinds, self._rows, self._ledger)
 
     def _after_forward(self, root: nn.Module, args: Any, output: Any) -> None:
         window, batch = self._window, self._observed

@@ -121,11 +121,8 @@ class Provenance:
             return
         if dim % scores.dim() != scores.dim() - 1:
             return
-        length, keys = scores.shape[-2:]
-        heads = scores.shape[-3] if scores.dim() > 3 else 1
-        scores = scores.detach().reshape(-1, heads, length, keys)  # (B, H, L, S)
         with without_modes():
-            sums = sums_of_scores(scores, keys=mark.keys, rows=self._rows)
+            sums = sums_of_scores(scores.detach(), keys=mark.keys, rows=self._rows)
         self._mark(output, _Weights(sums))
 
     def _cat(self, tensors: Sequence[Tensor], dim: int = 0, *, output: Tensor) -> None:
@@ -153,9 +150,16 @@ class Provenance:
             self._mark(output, kept)
 
     def _of(self, tensor: Tensor) -> _Mark | None:
-        found = self._marks.get(tensor.untyped_storage()._cdata)
+        found = self._marks.get(_storage(tensor)._cdata)
         return None if found is None else found[1]
 
     def _mark(self, tensor: Tensor, mark: _Mark) -> None:
-        reference = StorageWeakRef(tensor.untyped_storage())
+        reference = StorageWeakRef(_storage(tensor))
         self._marks[reference.cdata] = reference, mark
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    # A parameter inside torch.func.grad or vmap is a wrapper, which the mode never sees.
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.untyped_storage()

@@ -16,6 +16,7 @@ from .capture import AttentionMode, leave
 from .histograms import Histogram, histogram
 from .hook import Hook
 from .names import module_names
+from .report import Ledger
 
 
 class Window:
@@ -25,7 +26,7 @@ class Window:
         selected: which module paths are wanted.
         kinds: of these, "attention" and "activations" are captured here.
         rows: the query rows per map that statistics are taken from; None takes all.
-        failed: called with what could not be measured, and why.
+        ledger: told what could not be measured, and why.
     """
 
     def __init__(
@@ -34,18 +35,18 @@ class Window:
         selected: Callable[[str], bool],
         kinds: Collection[str],
         rows: int | None,
-        failed: Callable[[str, Exception], None],
+        ledger: Ledger,
     ) -> None:
         self.thread = threading.get_ident()
         self.activations: dict[str, Histogram] = {}
-        self._selected, self._failed = selected, failed
+        self._selected, self._ledger = selected, ledger
         self._maps: dict[str, list[Tensor]] = {}
         self._averaged: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._mode: AttentionMode | None = None
         paths = module_names(root)
         if "attention" in kinds:
-            self._mode = AttentionMode(paths, self._map, rows, failed)
+            self._mode = AttentionMode(paths, self._map, rows, ledger)
         wanted = _observable(root) if "activations" in kinds else ()
         for module, path in [(m, paths[m]) for m in wanted if selected(paths[m])]:
             hook = Hook(self, functools.partial(self._activation, path))
@@ -85,7 +86,7 @@ class Window:
             if tensor is not None and path not in self.activations:
                 self.activations[path] = histogram(tensor)
         except Exception as error:
-            self._failed(f"activations of {path}", error)
+            self._ledger.failed(f"activations of {path}", error)
 
 
 def _observable(root: nn.Module) -> Iterator[nn.Module]:

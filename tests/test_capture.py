@@ -209,11 +209,69 @@ def test_flex_attention_with_its_score_and_mask_functions(modified, tmp_path):
     assert found == pytest.approx(entropy(scores.softmax(-1)), abs=1e-5)
 
 
+class Ragged(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 32) for _ in range(3))
+
+    def split(self, x):
+        return [part(x).unflatten(-1, (4, 8)).transpose(1, 2) for part in (self.q, self.k, self.v)]
+
+    def forward(self, x):
+        return F.scaled_dot_product_attention(*self.split(x)).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("context", ["grad", "no_grad", "inference"])
+def test_jagged_nested_tensors(context, tmp_path):
+    model = Ragged().train(context == "grad")
+    samples = [torch.randn(length, 16) * 3 for length in (3, 5, 7)]
+    x = torch.nested.nested_tensor(samples, layout=torch.jagged)
+    with CONTEXTS[context]():
+        plain = model(x)
+    with attach(model, tmp_path, every=1, attention_rows=None, on_error="raise") as handle:
+        with CONTEXTS[context]():
+            seen = model(x)
+        assert handle.report().captured["attention"] == ("root",)
+    assert torch.equal(seen.values(), plain.values())
+    rows = []
+    for sample in samples:
+        q, k, _ = (part.double() for part in model.split(sample[None]))
+        rows.append(torch.special.entr((q @ k.mT / 8**0.5).softmax(-1)).sum(-1).flatten())
+    tag = "attention/entropy/root" if model.training else "val/attention/entropy/root"
+    found = read(tmp_path).value(tag, 0)
+    assert found == pytest.approx(torch.cat(rows).mean().item(), abs=1e-5)
+
+
+FUNCTIONAL = {
+    "vmap": lambda model, x: torch.vmap(model)(x[:, None]),
+    "grad": lambda model, x: torch.func.grad(
+        lambda p: torch.func.functional_call(model, p, (x,)).sum()
+    )(dict(model.named_parameters())),
+    "gradients per sample": lambda model, x: torch.vmap(
+        torch.func.grad(lambda p, x: torch.func.functional_call(model, p, (x[None],)).sum()),
+        in_dims=(None, 0),
+    )(dict(model.named_parameters()), x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("how", FUNCTIONAL)
+def test_function_transforms(how, tmp_path):
+    model, (x, _) = SelfAttention(), batch(0, size=6)
+    truth = entropy(model.probabilities(x))
+    plain = FUNCTIONAL[how](model, x)
+    with attach(model, tmp_path, every=1, attention_rows=None, on_error="raise"):
+        seen = FUNCTIONAL[how](model, x)
+    torch.testing.assert_close(seen, plain, rtol=0, atol=0)
+    assert read(tmp_path).value("attention/entropy/root", 0) == pytest.approx(truth, abs=1e-5)
+
+
 def test_a_failure_to_measure_is_said_and_the_output_stands(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr("bthooks.capture.sums_of_query_key", fail)
+    monkeypatch.setattr("bthooks.fused.sums_of_query_key", fail)
     model, (x, _) = SelfAttention(), batch(0)
     expected = model(x)
     with (

@@ -19,7 +19,8 @@ from .models import Transformer, batch
 
 PACKAGE = Path(bthooks.__file__).parent
 MODULES = sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE)]))
-PURE = {"names", "fastpath", "images", "attention", "gradients", "histograms", "uncertainty"}
+PURE = {"names", "fastpath", "fused", "images", "attention", "gradients", "histograms"}
+PURE |= {"uncertainty"}
 ORDER = [  # a module imports those behind it only
     "attach",
     "handle",
@@ -35,6 +36,7 @@ ORDER = [  # a module imports those behind it only
     "checks",
     "hook",
     "fastpath",
+    "fused",
     "attention",
     "gradients",
     "images",

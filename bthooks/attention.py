@@ -6,12 +6,14 @@ Out: one value per statistic, per head or for the whole map.
 """
 
 import math
-from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from .scores import BLOCKED, row_blocks, score_blocks, seen
 
 STATISTICS = (
     "entropy",
@@ -25,8 +27,6 @@ STATISTICS = (
 )
 
 _ADDED = 10  # the sums that merge by adding; the last two are maxima
-_BLOCK = 1 << 22  # scores held at a time, over batch and heads
-_BLOCKED = -1e4  # an added mask at or below it hides the key: float16's minimum is -65504
 
 
 def attention_stats(weights: Tensor) -> dict[str, Tensor]:
@@ -89,7 +89,7 @@ def sums_of_query_key(
 
     Args:
         rows: take this many query rows, evenly spread; None takes all.
-        arguments: as for `score_blocks`.
+        arguments: as for `scores.score_blocks`.
 
     Nested tensors, `(batch, heads, L_i, d)`, are as many maps of one sample, merged.
     """
@@ -100,65 +100,10 @@ def sums_of_query_key(
             (sums_of_query_key(q[None], k[None], rows=rows, **arguments) for q, k in pairs),
         )
     blocks = score_blocks(query, key, rows=rows, **arguments)
-    return reduce(merge, (_sums_of_block(scores) for _, scores in blocks))
-
-
-def score_blocks(
-    query: Tensor,
-    key: Tensor,
-    *,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    score_mod: Callable[..., Tensor] | None = None,
-    mask_mod: Callable[..., Tensor] | None = None,
-    rows: int | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The scores of some query rows at a time, so that memory never grows with L x S.
-
-    Args:
-        query: `(batch, heads, L, d)`.
-        key: `(batch, key heads, S, d)`; each key head serves heads / key heads query heads.
-        mask: broadcasts to `(batch, heads, L, S)`; bool, True where a key is seen, or added.
-        is_causal: row i sees the keys 0..i, whatever L and S.
-        scale: 1/sqrt(d) unless given.
-        score_mod: `(score, batch, head, row, key) -> score`, as FlexAttention has it; its arguments
-            are tensors that broadcast.
-        mask_mod: `(batch, head, row, key) -> bool`, True where a key is seen.
-        rows: of these query rows, evenly spread; None takes all.
-
-    Yields:
-        the rows `(r,)` and their scores `(batch, heads, r, S)`, -inf where a key is not seen.
-    """
-    batch, heads, length, width = query.shape
-    keys = key.shape[-2]
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    scale = width**-0.5 if scale is None else scale
-    k = key.to(dtype)
-    if key.shape[1] != heads:
-        k = k.repeat_interleave(heads // key.shape[1], dim=1)
-    k = k.transpose(-1, -2)  # (B, H, d, S)
-    if mask is not None:
-        mask = mask.expand(batch, heads, mask.shape[-2] if mask.dim() > 1 else 1, keys)
-    for at in _row_blocks(length, rows, batch * heads * keys, query.device):
-        q = query.index_select(-2, at).to(dtype) * scale  # (B, H, r, d)
-        scores = q @ k  # (B, H, r, d) x (B, H, d, S) -> (B, H, r, S)
-        if mask is not None:
-            part = mask if mask.shape[-2] == 1 else mask.index_select(-2, at)
-            hidden = ~part if part.dtype == torch.bool else part <= _BLOCKED
-            if part.dtype != torch.bool:
-                scores += part
-            scores.masked_fill_(hidden, -torch.inf)
-        column = torch.arange(keys, device=query.device)
-        if is_causal:
-            scores.masked_fill_(column > at[:, None], -torch.inf)
-        if score_mod is not None or mask_mod is not None:
-            b, h = (torch.arange(n, device=query.device) for n in (batch, heads))
-            where = b[:, None, None, None], h[:, None, None], at[:, None], column
-            scores = scores if score_mod is None else score_mod(scores, *where)
-            if mask_mod is not None:
-                scores = torch.where(mask_mod(*where), scores, -torch.inf)
-        yield at, scores
+    width = key.shape[-2]
+    return reduce(
+        merge, (_sums_of_block(scores, visible, width=width) for _, scores, visible in blocks)
+    )
 
 
 @torch.no_grad()
@@ -177,48 +122,53 @@ def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | Non
     batch, heads, length, columns = scores.shape
     dtype = torch.promote_types(scores.dtype, torch.float32)
     sums: list[Tensor] = []
-    for at in _row_blocks(length, rows, batch * heads * columns, scores.device):
+    for at, _ in row_blocks(length, rows, batch * heads * columns, scores.device):
         block = scores.index_select(-2, at).to(dtype)  # (B, H, r, S)
-        sums.append(_sums_of_block(block.masked_fill_(block <= _BLOCKED, -torch.inf), keys))
+        sums.append(
+            _sums_of_block(F.threshold(block, BLOCKED, -torch.inf, inplace=True), keys=keys)
+        )
     return reduce(merge, sums)
 
 
-def _row_blocks(
-    length: int, rows: int | None, row_size: int, device: torch.device
-) -> tuple[Tensor, ...]:
-    """The rows that are looked at, evenly spread, so many at a time that memory stays bounded."""
-    index = torch.arange(length, device=device)
-    if rows is not None and rows < length:
-        index = (2 * index[:rows] + 1) * length // (2 * rows)
-    return torch.split(index, max(1, _BLOCK // max(1, row_size)))
-
-
-def _sums_of_block(scores: Tensor, keys: slice | None = None) -> Tensor:
+def _sums_of_block(
+    scores: Tensor,
+    visible: Tensor | None = None,
+    *,
+    keys: slice | None = None,
+    width: int | None = None,
+) -> Tensor:
     """The sums of the scores `(batch, heads, rows, key)`, which are overwritten.
 
-    A key that is not seen has score -inf.
+    Args:
+        scores: -inf where a key is not seen.
+        visible: how many keys each row sees; counted if it is not known.
+        keys: the columns that are keys, if not all are.
+        width: the number of keys, if it is not that of these columns.
     """
     top = scores.amax(-1, keepdim=True)  # (B, H, r, 1)
     z = scores.sub_(torch.where(top == -torch.inf, 0, top))
-    e = z.exp()
-    norm = e.sum(-1)  # (B, H, r)
+    p = z.softmax(-1)
+    log_norm = -p.amax(-1).log()  # (B, H, r): the largest weight is exp(0) / norm
+    logit = top[..., 0]
     if keys is not None:
-        z, e = z[..., keys], e[..., keys]
-    visible = (z != -torch.inf).sum(-1)
-    largest = z.amax(-1)
-    total = e.sum(-1) / norm  # 1, but for sinks
+        z, p = z[..., keys], p[..., keys]
+        logit = logit + z.amax(-1)
+    if visible is None:
+        visible = seen(z)
+    total = p.sum(-1)  # 1, but for sinks
+    largest, squares, first = p.amax(-1), torch.linalg.vector_norm(p, dim=-1).square(), p[..., 0]
     # log Z - E[z] with z = score - max: no cancellation of large scores, as lse - E[score] has.
-    entropy = total * norm.log() - (e * z.clamp(min=-1e4)).sum(-1) / norm
+    entropy = total * log_norm - z.clamp_(min=-1e4).mul_(p).sum(-1)
     return _sums(
-        alive=visible > 0,
-        visible=visible,
+        alive=(visible > 0).expand(total.shape),
+        visible=visible.expand(total.shape),
         entropy=entropy.clamp_(min=0),
         total=total,
-        squares=e.square().sum(-1) / norm.square(),
-        largest=largest.exp() / norm,
-        first=e[..., 0] / norm,
-        logit=largest + top[..., 0],
-        keys=z.shape[-1],
+        squares=squares,
+        largest=largest,
+        first=first,
+        logit=logit,
+        keys=width or z.shape[-1],
     )
 
 

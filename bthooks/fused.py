@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import score_blocks, sums_of_query_key
+from .attention import sums_of_query_key
+from .scores import score_blocks
 
 _QUERY, _KEY, _VALUE = ("query", "q"), ("key", "k"), ("value", "v")
 _CAUSAL = ("is_causal", "causal")
@@ -77,7 +78,7 @@ def sums_of_custom(given: Mapping[str, Any], output: Any, *, rows: int | None) -
     for q, k, v, o in _layouts(*parts):
         for arguments in _variants(given, q, k):
             off, size = o.new_zeros(2, dtype=torch.float32)
-            for at, scores in score_blocks(q, k, rows=_CHECKED, **arguments):
+            for at, scores, _ in score_blocks(q, k, rows=_CHECKED, **arguments):
                 weights = scores.softmax(-1).nan_to_num_()  # (B, H, r, S)
                 heads = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
                 expected = o.index_select(-2, at).float()

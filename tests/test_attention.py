@@ -121,7 +121,7 @@ def test_a_sample_of_rows_is_close_and_blocks_do_not_matter(monkeypatch):
     exact = whole(sums_of_query_key(q, k, is_causal=True))
     sampled = whole(sums_of_query_key(q, k, is_causal=True, rows=128))
     assert sampled["entropy"] == pytest.approx(exact["entropy"], rel=3e-3)
-    monkeypatch.setattr("bthooks.attention._BLOCK", 10_000)
+    monkeypatch.setattr("bthooks.scores._BLOCK", {"cpu": 10_000})
     assert_near(whole(sums_of_query_key(q, k, is_causal=True)), exact, 1e-5)
 
 

@@ -20,7 +20,7 @@ from .models import Transformer, batch
 PACKAGE = Path(bthooks.__file__).parent
 MODULES = sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE)]))
 PURE = {"names", "fastpath", "fused", "images", "attention", "gradients", "histograms"}
-PURE |= {"uncertainty"}
+PURE |= {"scores", "uncertainty"}
 ORDER = [  # a module imports those behind it only
     "attach",
     "handle",
@@ -38,6 +38,7 @@ ORDER = [  # a module imports those behind it only
     "fastpath",
     "fused",
     "attention",
+    "scores",
     "gradients",
     "images",
     "histograms",

@@ -1,0 +1,107 @@
+"""Scores: what a softmax over the keys is taken of, some query rows at a time. Pure.
+
+In: query, key and the mask as the kernel saw them. Out: blocks of scores, -inf where a key is not
+seen, so that memory never grows with L x S.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+BLOCKED = -1e4  # an added mask at or below it hides the key: float16's minimum is -65504
+_BLOCK = {"cpu": 1 << 20}  # scores held at a time, over batch and heads: what a cache holds
+
+
+def score_blocks(
+    query: Tensor,
+    key: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    score_mod: Callable[..., Tensor] | None = None,
+    mask_mod: Callable[..., Tensor] | None = None,
+    rows: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """The scores of some query rows at a time, so that memory never grows with L x S.
+
+    Args:
+        query: `(batch, heads, L, d)`.
+        key: `(batch, key heads, S, d)`; each key head serves heads / key heads query heads.
+        mask: broadcasts to `(batch, heads, L, S)`; bool, True where a key is seen, or added.
+        is_causal: row i sees the keys 0..i, whatever L and S.
+        scale: 1/sqrt(d) unless given.
+        score_mod: `(score, batch, head, row, key) -> score`, as FlexAttention has it; its arguments
+            are tensors that broadcast.
+        mask_mod: `(batch, head, row, key) -> bool`, True where a key is seen.
+        rows: of these query rows, evenly spread; None takes all.
+
+    Yields:
+        the rows `(r,)`; their scores `(batch, heads, r, S)`, -inf where a key is not seen, without
+        last keys that none of them sees; and how many keys each sees, where that is known.
+    """
+    batch, heads, length, width = query.shape
+    keys = key.shape[-2]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scale = width**-0.5 if scale is None else scale
+    k = key.to(dtype)
+    if key.shape[1] != heads:
+        k = k.repeat_interleave(heads // key.shape[1], dim=1)
+    k = k.transpose(-1, -2)  # (B, H, d, S)
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]
+        mask = mask.expand(*mask.shape[:-1], keys)
+    for at, last in row_blocks(length, rows, batch * heads * keys, query.device):
+        stop = min(keys, last + 1) if is_causal else keys
+        q = query.index_select(-2, at).to(dtype) * scale  # (B, H, r, d)
+        scores = q @ k[..., :stop]  # (B, H, r, d) x (B, H, d, S) -> (B, H, r, S)
+        column = torch.arange(stop, device=query.device)
+        visible: Tensor | None = torch.full_like(at, keys)
+        if mask is not None or is_causal:
+            bias = _bias(mask, at, column, is_causal, dtype)
+            visible = seen(bias).expand(scores.shape[:-1])
+            scores += bias
+        if score_mod is not None or mask_mod is not None:
+            b, h = (torch.arange(n, device=query.device) for n in (batch, heads))
+            where = b[:, None, None, None], h[:, None, None], at[:, None], column
+            scores = scores if score_mod is None else score_mod(scores, *where)
+            if mask_mod is not None:
+                scores = torch.where(mask_mod(*where), scores, -torch.inf)
+            visible = None
+        yield at, scores, visible
+
+
+def _bias(
+    mask: Tensor | None, at: Tensor, column: Tensor, is_causal: bool, dtype: torch.dtype
+) -> Tensor:
+    """What is added to the scores of the rows `at`: -inf where a key is not seen."""
+    bias = torch.zeros(1, len(column), dtype=dtype, device=at.device)
+    if mask is not None:
+        part = mask[..., : len(column)]
+        part = part if part.shape[-2] == 1 else part.index_select(-2, at)
+        hidden = ~part if part.dtype == torch.bool else part <= BLOCKED
+        bias = bias if part.dtype == torch.bool else part.to(dtype)
+        bias = bias.masked_fill(hidden, -torch.inf)
+    return bias.masked_fill(column > at[:, None], -torch.inf) if is_causal else bias
+
+
+def row_blocks(
+    length: int, rows: int | None, row_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, int]]:
+    """The rows that are looked at, evenly spread, so many at a time that memory stays bounded.
+
+    Yields:
+        the rows, and the last of them as an int.
+    """
+    taken = length if rows is None else min(rows, length)
+    many = max(1, _BLOCK.get(device.type, 1 << 22) // max(1, row_size))
+    for start in range(0, taken, many):
+        stop = min(taken, start + many)
+        at = torch.arange(start, stop, device=device)
+        yield (2 * at + 1) * length // (2 * taken), (2 * stop - 1) * length // (2 * taken)
+
+
+def seen(scores: Tensor) -> Tensor:
+    """How many of the last dimension are not -inf, as floats: by far the fastest on the CPU."""
+    return torch.ne(scores, -torch.inf, out=torch.empty_like(scores)).sum(-1)

@@ -7,6 +7,7 @@ In the manner of `torch.utils.flop_counter`. It sits below autograd and autocast
 the operators that really run, fast paths included, and changes none of them.
 """
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +40,7 @@ _MADE_OF_OTHERS = (
 _SDPA = "_scaled_dot_product_"
 # What nested tensors call on CUDA: laid out as flash_attn's own operators are.
 _KERNELS = ("_flash_attention_forward", "_efficient_attention_forward", "_cudnn_attention_forward")
+_CHOOSING = (torch.ops.aten.linear.default, torch.ops.aten.matmul.default)
 _CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
 
 
@@ -70,8 +72,10 @@ class AttentionMode(TorchDispatchMode):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's, not annotated
         self._paths, self._found, self._rows, self._ledger = paths, found, rows, ledger
+        # Not parameters(): a model may override it.
         parameters = (p for module in paths for p in module._parameters.values() if p is not None)
-        self._provenance = Provenance(parameters, self._map, rows)
+        buffers = (b for module in paths for b in module._buffers.values() if b is not None)
+        self._provenance = Provenance(parameters, buffers, self._map, rows)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -80,7 +84,8 @@ class AttentionMode(TorchDispatchMode):
         if func in _MADE_OF_OTHERS:
             with self:
                 return func.decompose(*args, **kwargs)
-        output = func(*args, **kwargs)
+        with _as_outside(func):
+            output = func(*args, **kwargs)
         try:
             self._look(func, args, kwargs, output)
         except Exception as error:
@@ -100,7 +105,7 @@ class AttentionMode(TorchDispatchMode):
             return
         name, defaults = _signature(func)
         if defaults is None:
-            self._provenance.follow(name, args, output)
+            self._provenance.follow(func, args, output)
             return
         given = defaults | dict(zip(defaults, args, strict=False)) | kwargs
         first = next((value for value in given.values() if isinstance(value, Tensor)), None)
@@ -142,6 +147,24 @@ class AttentionMode(TorchDispatchMode):
                 module: nn.Module = frame.f_locals["self"]
                 return module
         return None
+
+
+@contextlib.contextmanager
+def _as_outside(func: Any) -> Iterator[None]:
+    """Let `func` run as it does without a mode.
+
+    Under inference_mode these arrive whole, and inside a mode's handler the views that they take
+    of a weight lose its requires_grad, by which torch chooses between mm and bmm: 1e-7 apart.
+    """
+    key = torch._C.DispatchKey.ADInplaceOrView
+    if func not in _CHOOSING or not torch._C._dispatch_tls_is_dispatch_key_excluded(key):
+        yield
+        return
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
 
 
 def calls_on_stack(module: nn.Module) -> int:

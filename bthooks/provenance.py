@@ -2,62 +2,98 @@
 
 In: each operator with its arguments and its output. Out: the attention maps of explicit softmaxes.
 
-Scores are a product of two activations, of which neither is itself scores; they stay scores
-through element-wise and view operators and through a product with a parameter (talking heads).
-The softmax over their last dimension makes weights, and weights that enter a product with an
-activation are an attention map. So a router, a codebook or a vocabulary is none: the one factor
-is a parameter, or the softmax enters no product.
+Scores are a product of two activations. They stay scores through element-wise and view operators
+and through a product with a parameter over the heads (talking heads). The softmax over their last
+dimension makes weights, and weights that enter a product with an activation are an attention map.
+So a router, a codebook or a vocabulary is none: the one factor is a parameter, or made of
+parameters (Bayesian layers, adapters, weight norms), or the softmax enters no product.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _pop_mode, _push_mode
 
 from .attention import sums_of_scores
 
-# By name, the place of the first factor. matmul, linear and softmax: under inference_mode.
+# By name, the place of the first factor. matmul, linear and others: under inference_mode.
 _PRODUCTS = {
     **{"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "matmul": 0, "linear": 0},
     **{"addmm": 1, "baddbmm": 1, "addbmm": 1},
+    **{"_cdist_forward": 0, "_euclidean_dist": 0, "cdist": 0},
 }
+_CONVOLUTIONS = {"convolution", "conv1d", "conv2d", "conv3d"}
 _SOFTMAX = {"_softmax", "_safe_softmax", "softmax"}
-# Views need no entry: they share the storage, by which marks are kept.
+_LOG_SOFTMAX = {"_log_softmax", "log_softmax"}
+_FILLING = {"normal_", "uniform_", "bernoulli_", "exponential_", "zero_", "fill_"}
+# Beside what torch tags as pointwise. Views need no entry: they share the storage, by which marks
+# are kept.
 _KEEPING = {
-    *("add", "sub", "rsub", "mul", "div", "neg", "tanh", "where", "masked_fill", "clamp"),
-    *("clamp_min", "clamp_max", "maximum", "minimum", "nan_to_num", "_to_copy", "clone", "copy"),
-    *("cat", "constant_pad_nd", "native_dropout", "bernoulli", "contiguous", "_unsafe_view"),
-    *("index_select", "index", "slice_scatter", "select_scatter", "tril", "triu", "repeat"),
-    *("gather", "roll", "flip", "convolution", "dropout", "to", "type_as", "reshape", "flatten"),
+    *("masked_fill", "_to_copy", "to", "type_as", "copy", "contiguous", "_unsafe_view", "reshape"),
+    *("flatten", "where", "multiply", "subtract", "divide", "tril", "triu", "dropout"),
+    *("native_dropout", "bernoulli", "cat", "stack", "constant_pad_nd", "pad", "repeat", "roll"),
+    *("flip", "repeat_interleave", "index", "index_select", "index_put", "gather", "scatter"),
+    *("take_along_dim", "masked_scatter", "slice_scatter", "select_scatter"),
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Parameter:
-    """A parameter, or a view or cast of one."""
+    """A parameter, or what is made of parameters and constants alone."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Constant:
+    """A buffer, noise, a range, a product of parameters: with a parameter of its size it is one."""
+
+
+@dataclass(frozen=True)
 class _Scores:
-    """Scores; the columns outside `keys`, where it is given, are no keys but sinks."""
+    """Scores, or their logarithms of weights once a norm was taken off.
 
+    Args:
+        heads, width: the batches times heads of the product that made them, and its last size.
+        keys: the columns that are keys, where others are sinks.
+    """
+
+    heads: int
+    width: int
     keys: slice | None = None
+    normal: bool = False
 
 
 @dataclass
 class _Weights:
     """Weights that a softmax made: an attention map once they enter a product."""
 
+    heads: int
+    width: int
     sums: Tensor | None
+    normal: bool
 
 
-_Mark = _Parameter | _Scores | _Weights
+@dataclass(frozen=True)
+class _Norm:
+    """What makes weights of exp(scores): their sum over the keys, or its logarithm."""
+
+
+_Mark = _Parameter | _Constant | _Scores | _Weights | _Norm
+
+
+class _Role(NamedTuple):
+    """What an operator is called, whether it keeps scores what they are, whether it overwrites."""
+
+    name: str
+    keeps: bool
+    mutates: bool
 
 
 @contextlib.contextmanager
@@ -75,79 +111,167 @@ class Provenance:
     """The marks of one forward.
 
     Args:
-        parameters: a product with one of these, or with a view or cast of it, makes no scores.
+        parameters: a product with one of these, or with what is made of them, makes no scores.
+        buffers: the model's constants.
         found: called with the sums `(heads, 12)` of each attention map.
         rows: the query rows per map that statistics are taken from; None takes all.
     """
 
     def __init__(
-        self, parameters: Iterable[Tensor], found: Callable[[Tensor], None], rows: int | None
+        self,
+        parameters: Iterable[Tensor],
+        buffers: Iterable[Tensor],
+        found: Callable[[Tensor], None],
+        rows: int | None,
     ) -> None:
         self._found, self._rows = found, rows
         # A weak reference to the storage, and no tensor: nothing is kept alive for the trace, and
         # the address is not used again before the reference goes.
         self._marks: dict[int, tuple[StorageWeakRef, _Mark]] = {}
-        for parameter in parameters:
-            if not is_lazy(parameter):
-                self._mark(parameter, _Parameter())
+        for tensors, mark in ((buffers, _Constant()), (parameters, _Parameter())):
+            for tensor in tensors:
+                if not is_lazy(tensor):
+                    self._mark(tensor, mark)
 
-    def follow(self, name: str, args: tuple[Any, ...], output: Any) -> None:
-        """Take note of the operator `aten::<name>` that was called with `args`."""
+    def follow(self, func: Any, args: tuple[Any, ...], output: Any) -> None:
+        """Take note of the operator `func` that was called with `args`."""
+        role = _role(func)
+        name = role.name
         if name in _PRODUCTS:
             at = _PRODUCTS[name]
             self._product(args[at], args[at + 1], output)
-        elif name in _SOFTMAX:
-            self._softmax(args[0], args[1], output)
-        elif name.rstrip("_") in _KEEPING or name in _KEEPING:
-            self._keep(args, output)
+        elif name in _CONVOLUTIONS:
+            self._mix(self._of(args[0]), args[0].shape[1], output)
+        elif name in _SOFTMAX | _LOG_SOFTMAX:
+            self._softmax(args[0], args[1], output, logarithm=name in _LOG_SOFTMAX)
+        elif name in ("exp", "exp_") and isinstance(mark := self._of(args[0]), _Scores):
+            self._exp(args[0] if name == "exp" else output.log(), mark, output)
+        elif name in ("logsumexp", "sum") and self._is_norm(name, args):
+            self._mark(output, _Norm())
+        else:
+            self._carry(role, args, output)
             if name == "cat":
                 self._cat(*args, output=output)
 
     def _product(self, a: Tensor, b: Tensor, output: Tensor) -> None:
         marks = self._of(a), self._of(b)
-        kept = next((mark for mark in marks if isinstance(mark, _Scores | _Weights)), None)
-        if any(isinstance(mark, _Parameter) for mark in marks):
-            if kept is not None:
-                self._mark(output, kept)
-        elif kept is None:
-            self._mark(output, _Scores())
-        elif isinstance(kept, _Weights) and kept.sums is not None:
-            sums, kept.sums = kept.sums, None
-            self._found(sums)
+        weights = next((mark for mark in marks if isinstance(mark, _Weights)), None)
+        scores = next((mark for mark in marks if isinstance(mark, _Scores)), None)
+        by_parameter = any(isinstance(mark, _Parameter) for mark in marks)
+        # Two batches of constants are attention among learnt queries, as of an object detector.
+        known = all(isinstance(mark, _Parameter | _Constant) for mark in marks)
+        if known and (by_parameter or output.dim() == 2):
+            self._mark(output, _Constant())
+        elif by_parameter:
+            self._mix(weights or scores, a.shape[-1], output)
+        elif weights is None:
+            heads, width = (1, 1) if output.is_nested else _extent(output)
+            self._mark(output, _Scores(heads, width))
+        elif weights.normal:
+            self._seen(weights)
 
-    def _softmax(self, scores: Tensor, dim: int, output: Tensor) -> None:
+    def _mix(self, mark: _Mark | None, width: int, output: Tensor) -> None:
+        """A product with a parameter, `width` of each summed: over the heads it changes nothing.
+
+        Over features it ends what was attention; those of a linear attention, q @ state, are as
+        many as its heads times the width of that product.
+        """
+        if isinstance(mark, _Scores | _Weights) and mark.heads % width == 0 and width % mark.width:
+            self._mark(output, mark)
+
+    def _softmax(self, scores: Tensor, dim: int, output: Tensor, *, logarithm: bool) -> None:
         mark = self._of(scores)
-        if not isinstance(mark, _Scores) or scores.dim() < 2 or not scores.numel():
+        if not isinstance(mark, _Scores) or not _is_last(dim, scores):
             return
-        if dim % scores.dim() != scores.dim() - 1:
-            return
+        if logarithm:
+            self._mark(output, replace(mark, normal=True))
+        else:
+            sums = self._sums(scores, mark)
+            self._mark(output, _Weights(mark.heads, mark.width, sums, normal=True))
+
+    def _exp(self, scores: Tensor, mark: _Scores, output: Tensor) -> None:
+        """The exponential of scores: a softmax that is written out, once its norm is seen."""
+        if _is_last(-1, scores):
+            sums = self._sums(scores, mark)
+            sums[:, -1] = -torch.inf  # a logit unknown: something was taken off it before
+            self._mark(output, _Weights(mark.heads, mark.width, sums, mark.normal))
+
+    def _sums(self, scores: Tensor, mark: _Scores) -> Tensor:
         with without_modes():
-            sums = sums_of_scores(scores.detach(), keys=mark.keys, rows=self._rows)
-        self._mark(output, _Weights(sums))
+            return sums_of_scores(scores.detach(), keys=mark.keys, rows=self._rows)
+
+    def _is_norm(self, name: str, args: tuple[Any, ...]) -> bool:
+        mark = self._of(args[0])
+        raised = isinstance(mark, _Weights) if name == "sum" else isinstance(mark, _Scores)
+        return raised and len(args) > 1 and _is_last(args[1], args[0])
+
+    def _seen(self, weights: _Weights) -> None:
+        if weights.sums is not None:
+            sums, weights.sums = weights.sums, None
+            self._found(sums)
 
     def _cat(self, tensors: Sequence[Tensor], dim: int = 0, *, output: Tensor) -> None:
         """Sinks are scores that were learnt, put beside those of the keys (GPT-OSS)."""
-        if dim % output.dim() != output.dim() - 1:
+        if not _is_last(dim, output):
             return
         start = 0
         for tensor in tensors:
             stop = start + tensor.shape[-1]
-            if isinstance(self._of(tensor), _Scores) and len(tensors) == 2:
-                self._mark(output, _Scores(slice(start, stop)))
+            mark = self._of(tensor)
+            if isinstance(mark, _Scores) and len(tensors) == 2:
+                self._mark(output, replace(mark, keys=slice(start, stop)))
             start = stop
 
-    def _keep(self, args: tuple[Any, ...], output: Any) -> None:
+    def _carry(self, role: _Role, args: tuple[Any, ...], output: Any) -> None:
         tensors = [a for a in args if isinstance(a, Tensor)]
         tensors += [
             t for a in args if isinstance(a, list | tuple) for t in a if isinstance(t, Tensor)
         ]
         marks = [self._of(tensor) for tensor in tensors]
-        kept: _Mark | None = next((m for m in marks if isinstance(m, _Scores | _Weights)), None)
-        if kept is None and marks and all(isinstance(mark, _Parameter) for mark in marks):
-            kept = marks[0]
-        output = output[0] if isinstance(output, list | tuple) else output
-        if kept is not None and isinstance(output, Tensor):
-            self._mark(output, kept)
+        outputs = output if isinstance(output, list | tuple) else [output]
+        outputs = [o for o in outputs if isinstance(o, Tensor) and o.is_floating_point()]
+        if not outputs:
+            return
+        kept: _Mark | None = None
+        for tensor, mark in zip(tensors, marks, strict=True):
+            if isinstance(mark, _Weights):
+                same = role.keeps or tensor.numel() == outputs[0].numel()  # a norm, say
+                kept = mark if same else None
+                break
+            if isinstance(mark, _Scores | _Norm) and role.keeps and not isinstance(kept, _Scores):
+                kept = mark
+        if isinstance(kept, _Weights) and kept.width == 1 and role.name == "mul":
+            self._seen(kept)  # the product with the value of the only key
+        if isinstance(kept, _Scores | _Weights) and any(isinstance(m, _Norm) for m in marks):
+            kept = replace(kept, normal=True)
+        if kept is not None:
+            self._mark(outputs[0], kept)
+        elif not any(tensor.is_nested for tensor in (*tensors, *outputs)):
+            self._settle(role, tensors, marks, outputs)
+
+    def _settle(
+        self,
+        role: _Role,
+        tensors: Sequence[Tensor],
+        marks: Sequence[_Mark | None],
+        outputs: Sequence[Tensor],
+    ) -> None:
+        """Mark what is made of parameters and constants alone, by whatever operator."""
+        filled = role.name in _FILLING
+        known = filled or all(
+            isinstance(mark, _Parameter | _Constant) or tensor.numel() == 1
+            for tensor, mark in zip(tensors, marks, strict=True)
+        )
+        for output in outputs:
+            before = self._of(output)
+            if known and before is None and (filled or not tensors or any(marks)):
+                whole = (
+                    isinstance(mark, _Parameter) and tensor.numel() == output.numel()
+                    for tensor, mark in zip(tensors, marks, strict=True)
+                )
+                self._mark(output, _Parameter() if any(whole) else _Constant())
+            elif isinstance(before, _Constant) and role.mutates and not known:
+                del self._marks[_storage(output)._cdata]
 
     def _of(self, tensor: Tensor) -> _Mark | None:
         found = self._marks.get(_storage(tensor)._cdata)
@@ -156,6 +280,27 @@ class Provenance:
     def _mark(self, tensor: Tensor, mark: _Mark) -> None:
         reference = StorageWeakRef(_storage(tensor))
         self._marks[reference.cdata] = reference, mark
+
+
+@functools.cache
+def _role(func: Any) -> _Role:
+    if not isinstance(func, OpOverload) or func.namespace != "aten":
+        return _Role("", False, False)
+    name = func._schema.name.removeprefix("aten::")
+    keeps = torch.Tag.pointwise in func.tags or name.rstrip("_") in _KEEPING
+    return _Role(name, keeps, func._schema.is_mutable)
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The batches times heads of a product, and its last size."""
+    return tensor.shape[:-2].numel(), tensor.shape[-1] if tensor.dim() else 1
+
+
+def _is_last(dim: int | Sequence[int], tensor: Tensor) -> bool:
+    dims = [dim] if isinstance(dim, int) else dim
+    return bool(tensor.dim() > 1 and tensor.numel()) and [d % tensor.dim() for d in dims] == [
+        tensor.dim() - 1
+    ]
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:

@@ -69,6 +69,36 @@ class Explicit(nn.Module):
             scores = torch.cat([(q @ k.mT).masked_fill(hidden, -torch.inf), sinks], -1)
             weights = self.keep(scores.softmax(-1)[..., :-1])
             y = self.drop(weights) @ v
+        elif self.kind == "re-attention":  # DeepViT
+            weights = self.keep((q @ k.mT).softmax(-1))
+            mixed = torch.einsum("bhij,hg->bijg", weights, self.mix)
+            y = F.layer_norm(mixed, mixed.shape[-1:]).permute(0, 3, 1, 2) @ v
+        elif self.kind == "convolved heads":
+            scores = F.conv2d(q @ k.mT, self.mix[..., None, None])
+            weights = self.keep(scores.softmax(-1))
+            y = F.conv2d(weights, self.mix[..., None, None]) @ v
+        elif self.kind == "distances":
+            weights = self.keep((-torch.cdist(q, k).square()).softmax(-1))
+            y = weights @ v
+        elif self.kind == "written out":
+            scores = (q @ k.mT).masked_fill(hidden, -torch.inf)
+            raised = (scores - scores.amax(-1, keepdim=True)).exp()
+            weights = self.keep(raised / raised.sum(-1, keepdim=True))
+            y = weights @ v
+        elif self.kind == "written out in place":
+            raised = (q @ k.mT).exp_()
+            weights = self.keep(raised * (1 / (raised.sum(dim=-1, keepdim=True) + 1e-9)))
+            y = weights @ v
+        elif self.kind == "logsumexp":
+            scores = torch.max(q @ k.mT, torch.tensor(-50.0)).masked_fill(hidden, -1e9)
+            weights = self.keep((scores - scores.logsumexp(-1, keepdim=True)).exp())
+            y = weights @ v
+        elif self.kind == "log softmax":
+            weights = self.keep(F.log_softmax((q @ k.mT).abs(), -1).exp())
+            y = weights @ v
+        elif self.kind == "one key":
+            weights = self.keep(torch.einsum("bhid,bhjd->bhij", q, k[:, :, :1]).softmax(-1))
+            y = torch.einsum("bhij,bhjd->bhid", weights, v[:, :, :1])
         elif self.kind == "twice":
             weights = self.keep((q @ k.mT).softmax(-1))
             y = weights @ v + weights @ k
@@ -84,7 +114,8 @@ class Explicit(nn.Module):
 
 KINDS = [
     "bmm", "einsum", "talking heads", "capped", "in place", "right operand", "windows",
-    "one head", "sinks", "twice", "math",
+    "one head", "sinks", "twice", "math", "re-attention", "convolved heads", "distances",
+    "written out", "written out in place", "logsumexp", "log softmax", "one key",
 ]  # fmt: skip
 CONTEXTS = {"train": contextlib.nullcontext, "eval": torch.no_grad, "infer": torch.inference_mode}
 
@@ -102,6 +133,106 @@ def test_explicit_attention_is_found_and_its_entropy_true(kind, context, tmp_pat
     run = read(tmp_path)
     found = run.group("attention/entropy/" if context == "train" else "val/attention/entropy/", 0)
     assert found == pytest.approx({"0": entropy(model[0].weights.double())}, abs=1e-4)
+
+
+WEIGHTS = {
+    "bayesian": lambda w, b: w + torch.log1p(torch.exp(b)) * torch.randn_like(b),
+    "noise in a buffer": lambda w, b: w + b.exp() * torch.empty_like(b).normal_(),
+    "adapter": lambda w, b: w + 0.5 * (b[:, :4] @ b[:4] @ b[:16]),
+    "normalized": lambda w, b: F.normalize(w, dim=-1) * 3,
+    "standardized": lambda w, b: F.layer_norm(w, w.shape[-1:]) * 0.5,
+    "quantized": lambda w, b: torch.round(w * 8) / 8,
+    "cast": lambda w, b: w.double().to(w.dtype),
+}
+
+
+class Computed(nn.Module):
+    """Projections by weights that are made of parameters; then a router by such a weight."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.w = nn.Parameter(torch.randn(48, 16) * 0.5)
+        self.b = nn.Parameter(torch.randn(48, 16) * 0.1 - 1)
+
+    def forward(self, x):
+        w = WEIGHTS[self.kind](self.w, self.b)
+        q, k, v = F.linear(x, w).chunk(3, -1)
+        self.weights = (q @ k.mT / 4).softmax(-1)
+        x = x + self.weights @ v
+        gate = F.linear(x, w[:4]).softmax(-1)  # (B, L, E)
+        return torch.einsum("ble,bled->bld", gate, x[:, :, None] * torch.ones(4, 1))
+
+
+PARAMETRIZATIONS = {
+    "spectral norm": torch.nn.utils.parametrizations.spectral_norm,
+    "weight norm": torch.nn.utils.parametrizations.weight_norm,
+}
+
+
+class Parametrized(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.q, self.k, self.gate = (
+            PARAMETRIZATIONS[kind](nn.Linear(16, width)) for width in (16, 16, 4)
+        )
+
+    def forward(self, x):
+        self.weights = (self.q(x) @ self.k(x).mT).softmax(-1)
+        x = x + self.weights @ x
+        gate = self.gate(x).softmax(-1)
+        return torch.einsum("ble,bled->bld", gate, x[:, :, None] * torch.ones(4, 1))
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("kind", [*WEIGHTS, *PARAMETRIZATIONS])
+def test_weights_made_of_parameters_are_parameters(kind, context, tmp_path):
+    model = (Computed if kind in WEIGHTS else Parametrized)(kind).train(context == "train")
+    x = batch(0)[0] * 3
+    with attach(model, tmp_path, every=1, on_error="raise"), CONTEXTS[context]():
+        model(x)
+    run = read(tmp_path)
+    found = run.group("attention/entropy/" if context == "train" else "val/attention/entropy/", 0)
+    assert found == pytest.approx({"root": entropy(model.weights.double())}, abs=1e-4)
+
+
+class AfterAnother(nn.Module):
+    """A linear attention or one by squares, which leave products; a router; true attention."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.first, self.second = nn.Linear(16, 48), nn.Linear(16, 48)
+        self.gate, self.experts = nn.Linear(16, 4), nn.Parameter(torch.randn(4, 16))
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, x):
+        q, k, v = self.first(x).chunk(3, -1)
+        if self.kind == "linear":
+            x = x + self.out(q @ (k.mT @ v))
+        elif self.kind == "state":
+            x = x + self.out(q @ x.new_zeros(len(x), 16, 16) + x * 0)
+        else:
+            x = x + F.relu(q @ k.mT).square() @ v / 9
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        gate = self.gate(y).softmax(-1)
+        x = x + torch.einsum("ble,bled->bld", gate, torch.stack([y * e for e in self.experts], -2))
+        q, k, v = self.second(x).chunk(3, -1)
+        self.weights = (q @ k.mT / 5).softmax(-1)
+        return self.weights @ v
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("kind", ["linear", "state", "squares"])
+@pytest.mark.parametrize("size", [2, 16])  # the batch is as large as the width, too
+def test_products_end_where_features_are_mixed(kind, context, size, tmp_path):
+    model = AfterAnother(kind).train(context == "train")
+    x, _ = batch(0, size=size)
+    with attach(model, tmp_path, every=1, on_error="raise"), CONTEXTS[context]():
+        model(x)
+    run = read(tmp_path)
+    found = run.group("attention/entropy/" if context == "train" else "val/attention/entropy/", 0)
+    assert found == pytest.approx({"root": entropy(model.weights.double())}, abs=1e-4)
 
 
 class Router(nn.Module):

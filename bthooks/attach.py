@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .handle import KINDS, ON_REQUEST, Handle, attachments
-from .names import Selector, selector, tag
+from .names import Selector, globs, selector, tag
 from .steps import Cadence
 from .writers import Writer, check_backend
 
@@ -119,6 +119,7 @@ def attach(
         prefix=prefix,
         capture=kinds,
         selected=selected,
+        globs=globs(include),
         rows=attention_rows,
         cadences=(every, histograms_every),
         step=step,

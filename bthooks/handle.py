@@ -32,10 +32,10 @@ from .hook import Hook
 from .names import module_names, parameter_names
 from .outbox import Batch, Outbox
 from .readings import Readings, learning_rates, parameter_histograms, uncertainties
-from .report import Ledger, Report, reasons
+from .report import Ledger, Report, reasons, unattended
 from .steps import Cadence, Due, Optimizers, Probe, Steps
 from .uncertainty import find_uncertainties
-from .window import Window
+from .window import Window, is_compiled
 from .writers import is_main_rank, open_writer
 
 KINDS = ("attention", "gradients", "learning_rate", "uncertainty", "histograms")
@@ -58,6 +58,7 @@ class Handle:
         prefix: str,
         capture: Collection[str] | None,
         selected: Callable[[str], bool],
+        globs: Collection[str],
         rows: int | None,
         cadences: tuple[Cadence, Cadence],
         step: int,
@@ -67,7 +68,7 @@ class Handle:
         self._root = weakref.ref(model)
         self._kinds = KINDS if capture is None else capture
         self._asked = capture is not None
-        self._selected, self._rows = selected, rows
+        self._selected, self._globs, self._rows = selected, globs, rows
         self._ledger = Ledger(strict)
         self._lock = threading.RLock()
         self._process = os.getpid()
@@ -376,8 +377,17 @@ class Handle:
 
     def _unseen(self) -> dict[str, str]:
         """Why each kind has not been seen so far."""
-        why = reasons(called=self._calls > 0, stepped=self._steps.rounds > 0)
-        return {kind: why[kind] for kind in self._kinds if not self._ledger.has(kind)}
+        root = self._root()
+        paths = {} if root is None else module_names(root)
+        why = reasons(
+            called=self._calls > 0,
+            stepped=self._steps.rounds > 0,
+            compiled=[path for module, path in paths.items() if is_compiled(module)],
+        )
+        missed = {kind: why[kind] for kind in self._kinds if not self._ledger.names(kind)}
+        if seen := self._ledger.names("attention"):
+            missed |= unattended(self._globs, paths.values(), seen)
+        return missed
 
 
 def attachments(model: nn.Module) -> list[Handle]:

@@ -80,11 +80,22 @@ def selector(include: Selector) -> Callable[[str], bool]:
         return lambda name: True
     if callable(include):
         return include
-    globs = [include] if isinstance(include, str) else include
-    if not isinstance(globs, Sequence) or not all(isinstance(glob, str) for glob in globs):
+    patterns = globs(include)
+    return lambda name: any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def globs(include: Selector) -> tuple[str, ...]:
+    """The globs that `include` has; a function has none.
+
+    Raises:
+        TypeError: as `selector` does.
+    """
+    if include is None or callable(include):
+        return ()
+    found = [include] if isinstance(include, str) else include
+    if not isinstance(found, Sequence) or not all(isinstance(glob, str) for glob in found):
         raise TypeError(
             "include= takes a glob such as 'layers.*', a sequence of globs or a function of the "
             f"name, got {include!r}"
         )
-    patterns = tuple(globs)
-    return lambda name: any(fnmatchcase(name, pattern) for pattern in patterns)
+    return tuple(found)

@@ -1,8 +1,9 @@
 """Report: what was captured, and what was not and why. Nothing is left unsaid, or said twice."""
 
 import contextlib
+import fnmatch
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from .uncertainty import KEYS
@@ -38,8 +39,8 @@ class Ledger:
     def captured(self, kind: str, names: Iterable[str]) -> None:
         self._captured.setdefault(kind, {}).update(dict.fromkeys(names))
 
-    def has(self, kind: str) -> bool:
-        return bool(self._captured.get(kind))
+    def names(self, kind: str) -> Collection[str]:
+        return self._captured.get(kind, {})
 
     def say(self, site: str, why: str) -> None:
         """Warn of `site`, the first time."""
@@ -63,29 +64,51 @@ class Ledger:
         return Report(captured, dict(unseen) | self._said)
 
 
-def reasons(*, called: bool, stepped: bool) -> dict[str, str]:
+def reasons(*, called: bool, stepped: bool, compiled: Sequence[str]) -> dict[str, str]:
     """Why a kind has not been seen, by kind.
 
     Args:
         called: whether the model's own forward ran where a hook sees it.
         stepped: whether an optimizer that holds a parameter of the model did.
+        compiled: the paths of the modules that are compiled.
     """
     forward = (
         ""
         if called
         else (
-            "the forward of the attached module did not run where a hook sees it: attach to the "
-            "module that the loop calls, and after torch.compile to what it returns"
+            "the forward of the attached module did not run where a hook sees it: its .forward() "
+            "was called directly, or only modules inside it were, or it was compiled after attach; "
+            "attach to the module that the loop calls, and after torch.compile to what it returns"
         )
     )
+    attention = "no attention was recognised in the observed forwards"
+    if compiled:
+        attention += (
+            f"; {', '.join(compiled[:4])}{', ...' * (len(compiled) > 4)}: compiled, where an "
+            "explicit softmax or flex_attention is fused with its neighbours and can't be seen; "
+            "F.scaled_dot_product_attention can"
+        )
     step = "" if stepped else "no optimizer that holds a parameter of the model has stepped"
     keys = ", ".join(key for names in KEYS.values() for key in names)
     return {
-        "attention": forward or "no attention was recognised in the observed forwards",
+        "attention": forward or attention,
         "activations": forward or "no selected module returned a tensor",
         "uncertainty": forward or f"the output of the model has none of {keys}",
         "gradients": step or "no selected parameter has had a gradient",
         "learning_rate": step or "only advance() was called",
         "histograms": step or "no parameter is selected",
         "updates": step or "no parameter is selected",
+    }
+
+
+def unattended(globs: Iterable[str], paths: Iterable[str], seen: Iterable[str]) -> dict[str, str]:
+    """The globs that select some of the module `paths`, and none of whose attention was `seen`."""
+    paths, seen = list(paths), [path.partition("/")[0] for path in seen]
+    return {
+        f"attention of {glob}": (
+            "no attention was recognised in the modules that it selects: none of them ran any, or "
+            "a module around them did"
+        )
+        for glob in globs
+        if fnmatch.filter(paths, glob) and not fnmatch.filter(seen, glob)
     }

@@ -98,12 +98,16 @@ def _observable(root: nn.Module) -> Iterator[nn.Module]:
     fast = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
     hidden: set[nn.Module] = set()
     for module in root.modules():
-        compiled = module._compiled_call_impl is not None or "_orig_mod" in module._modules
-        if compiled or (isinstance(module, fast) and not module.training):
+        if is_compiled(module) or (isinstance(module, fast) and not module.training):
             hidden.update(module.modules())
     for module in root.modules():
         if module is not root and module not in hidden:
             yield module
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of `module` itself are compiled."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 def _first_tensor(output: Any) -> Tensor | None:

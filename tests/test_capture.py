@@ -179,6 +179,73 @@ def test_a_model_compiled_after_attach_is_left_alone_and_said(tmp_path):
     assert [s for s, _ in read(tmp_path).scalars["gradients/total_norm"]] == [0, 1, 2, 3]
 
 
+class Softmax(nn.Module):
+    def forward(self, x):
+        return (x @ x.mT).softmax(-1) @ x
+
+
+@pytest.mark.parametrize("kind", ["fused", "explicit"])
+def test_inductor_keeps_its_graph_and_what_it_fuses_away_is_said(kind, tmp_path):
+    torch._dynamo.reset()
+    inner = Transformer().eval() if kind == "fused" else nn.Sequential(Softmax())
+    model = torch.compile(inner)
+    x, _ = batch(0)
+    with torch.no_grad():
+        plain = model(x)
+        torch._dynamo.utils.counters.clear()
+        with attach(model, tmp_path, capture=["attention"], every=1) as handle:
+            outputs = [model(x) for _ in range(3)]
+            if kind == "explicit":
+                with pytest.warns(
+                    RuntimeWarning, match="root: compiled, where an explicit softmax"
+                ):
+                    handle.detach()
+    assert not torch._dynamo.utils.counters["stats"]
+    for output in outputs:
+        torch.testing.assert_close(output, plain, rtol=0, atol=0)
+    found = read(tmp_path).group("val/attention/entropy/", 2)
+    if kind == "explicit":
+        assert not found
+    else:
+        rows, h = [], x
+        for block in inner.blocks:
+            rows.append(entropy(block.attention.probabilities(block.norm(h))))
+            h = block(h)
+        truth = dict(zip(("root", "root/1"), rows, strict=True))
+        assert found == pytest.approx(truth, abs=1e-4)
+
+
+def called_inside(model, x):
+    return model.blocks[0](x)
+
+
+def called_directly(model, x):
+    return model.forward(x)
+
+
+@pytest.mark.parametrize("call", [called_inside, called_directly])
+def test_a_forward_that_no_hook_sees_is_said(call, tmp_path):
+    model = Transformer()
+    handle = attach(model, tmp_path, capture=["attention"], every=1)
+    call(model, batch(0)[0])
+    with pytest.warns(RuntimeWarning, match=r"attention: .* its \.forward\(\) was called directly"):
+        handle.detach()
+    assert "attach to the module that the loop calls" in handle.report().missed["attention"]
+
+
+def test_a_selection_without_attention_is_said(tmp_path):
+    model = Transformer()
+    include = ["blocks.0.*", "blocks.?.mlp.*", "head.weight"]
+    handle = attach(model, tmp_path, capture=["attention"], include=include, every=1)
+    model(batch(0)[0])
+    with pytest.warns(RuntimeWarning, match="no attention was recognised in the modules") as caught:
+        handle.detach()
+    assert len(caught) == 1
+    report = handle.report()
+    assert report.captured["attention"] == ("blocks.0.attention",)
+    assert report.missed.keys() == {"attention of blocks.?.mlp.*"}
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("modified", [False, True])
 def test_flex_attention_with_its_score_and_mask_functions(modified, tmp_path):

@@ -141,7 +141,9 @@ class Provenance:
             at = _PRODUCTS[name]
             self._product(args[at], args[at + 1], output)
         elif name in _CONVOLUTIONS:
-            self._mix(self._of(args[0]), args[0].shape[1], output)
+            mark, shape = self._of(args[0]), args[0].shape
+            if isinstance(mark, _Scores | _Weights) and shape[-1] == mark.width:
+                self._mark(output, mark)  # over the heads, as images have channels
         elif name in _SOFTMAX | _LOG_SOFTMAX:
             self._softmax(args[0], args[1], output, logarithm=name in _LOG_SOFTMAX)
         elif name in ("exp", "exp_") and isinstance(mark := self._of(args[0]), _Scores):
@@ -163,21 +165,16 @@ class Provenance:
         if known and (by_parameter or output.dim() == 2):
             self._mark(output, _Constant())
         elif by_parameter:
-            self._mix(weights or scores, a.shape[-1], output)
+            # A sum over the heads changes nothing. One over features ends what was attention; those
+            # of a linear attention, q @ state, are its heads times the last size of that product.
+            kept, width = weights or scores, a.shape[-1]
+            if kept is not None and kept.heads % width == 0 and width % kept.width:
+                self._mark(output, kept)
         elif weights is None:
             heads, width = (1, 1) if output.is_nested else _extent(output)
             self._mark(output, _Scores(heads, width))
         elif weights.normal:
             self._seen(weights)
-
-    def _mix(self, mark: _Mark | None, width: int, output: Tensor) -> None:
-        """A product with a parameter, `width` of each summed: over the heads it changes nothing.
-
-        Over features it ends what was attention; those of a linear attention, q @ state, are as
-        many as its heads times the width of that product.
-        """
-        if isinstance(mark, _Scores | _Weights) and mark.heads % width == 0 and width % mark.width:
-            self._mark(output, mark)
 
     def _softmax(self, scores: Tensor, dim: int, output: Tensor, *, logarithm: bool) -> None:
         mark = self._of(scores)
@@ -271,15 +268,31 @@ class Provenance:
                 )
                 self._mark(output, _Parameter() if any(whole) else _Constant())
             elif isinstance(before, _Constant) and role.mutates and not known:
-                del self._marks[_storage(output)._cdata]
+                self._mark(output, None)
 
     def _of(self, tensor: Tensor) -> _Mark | None:
-        found = self._marks.get(_storage(tensor)._cdata)
+        storage = _storage(tensor)
+        found = None if storage is None else self._marks.get(storage._cdata)
         return None if found is None else found[1]
 
-    def _mark(self, tensor: Tensor, mark: _Mark) -> None:
-        reference = StorageWeakRef(_storage(tensor))
-        self._marks[reference.cdata] = reference, mark
+    def _mark(self, tensor: Tensor, mark: _Mark | None) -> None:
+        storage = _storage(tensor)
+        if storage is None:
+            return
+        if mark is None:
+            self._marks.pop(storage._cdata, None)
+        else:
+            self._marks[storage._cdata] = StorageWeakRef(storage), mark
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
+    # A parameter inside torch.func.grad or vmap is a wrapper, which the mode never sees.
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    try:
+        return tensor.untyped_storage()
+    except RuntimeError:  # a sparse tensor has none
+        return None
 
 
 @functools.cache
@@ -301,10 +314,3 @@ def _is_last(dim: int | Sequence[int], tensor: Tensor) -> bool:
     return bool(tensor.dim() > 1 and tensor.numel()) and [d % tensor.dim() for d in dims] == [
         tensor.dim() - 1
     ]
-
-
-def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    # A parameter inside torch.func.grad or vmap is a wrapper, which the mode never sees.
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor.untyped_storage()

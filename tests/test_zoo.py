@@ -21,6 +21,30 @@ def implementations(name):
     return ("eager", "sdpa") if kind._supports_sdpa else ("eager",)
 
 
+def gradients(model, output):
+    """The gradient of each parameter, if there are any."""
+    if not output.requires_grad:
+        return {}
+    model.zero_grad()
+    output.square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_unchanged(model, run, context, tmp_path):
+    """Hold output, gradients and RNG state of `run` against those under an attachment."""
+    with CONTEXTS[context]():
+        plain = run()
+    state, expected = torch.get_rng_state(), gradients(model, plain)
+    with attach(model, tmp_path, every=1, attention_rows=None, on_error="raise"):
+        with CONTEXTS[context]():
+            seen = run()
+        assert torch.equal(torch.get_rng_state(), state)
+        found = gradients(model, seen)
+    assert torch.equal(seen, plain)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize(
     ("name", "implementation"), [(n, i) for n in zoo.ZOO for i in implementations(n)]
@@ -32,14 +56,23 @@ def test_every_map_of_a_real_model_is_found_and_true(name, implementation, conte
     assert min(truth) < 1.8, "attention is near uniform: a lost mask would not show"
 
     model = zoo.build(name, implementation).train(context == "train")
-    with CONTEXTS[context]():
-        plain = model(**batch)[0]
-        state = torch.get_rng_state()
-        with attach(model, tmp_path, every=1, attention_rows=None, on_error="raise"):
-            seen = model(**batch)[0]
-    assert torch.equal(seen, plain)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert_unchanged(model, lambda: model(**batch)[0], context, tmp_path)
     start = "attention/entropy/" if context == "train" else "val/attention/entropy/"
     run = read(tmp_path)
     found = [points[0][1] for tag, points in run.scalars.items() if tag.startswith(start)]
     assert found == pytest.approx(truth, abs=1e-4)
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("name", zoo.TORCH)
+def test_every_map_of_a_torch_model_is_found_and_true(name, context, tmp_path):
+    model = zoo.build_torch(name)
+    x = torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(1))
+    truth = zoo.torch_entropies(model, x)
+    assert min(truth) < 1.5, "attention is near uniform: a lost mask would not show"
+
+    model.train(context == "train")
+    assert_unchanged(model, lambda: model(x), context, tmp_path)
+    start = "attention/entropy/" if context == "train" else "val/attention/entropy/"
+    found = read(tmp_path).group(start, 0)
+    assert list(found.values()) == pytest.approx(truth, abs=1e-4)

@@ -53,6 +53,8 @@ def attach(
     | `attention/head_entropy` | image, layers x heads, at the cadence of histograms |
     | `gradients/norm/<parameter>` | L2 norm of the gradient that the optimizer applied |
     | `gradients/layer_mean/<module>`, `gradients/total_norm` | as in `log_gradients` |
+    | `gradients/total_norm_before_clip` | the same at the end of backward(), the loss unscaled |
+    | `gradients/skipped_steps` | optimizer steps that a `torch.amp.GradScaler` skipped so far |
     | `gradients/update_ratio/<parameter>` | change / size of the parameter, L2 ("updates") |
     | `learning_rate/<group>`, `learning_rate/<optimizer>/<group>` | the rate used for this step |
     | `uncertainty/<kind>`, `uncertainty/distribution/<kind>` | of what the model's output holds |

@@ -9,16 +9,13 @@ the operators that really run, fast paths included, and changes none of them.
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.flex_attention import flex_attention
 from torch._ops import OpOverload
-from torch.optim import Optimizer
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _get_current_dispatch_mode_stack,
@@ -29,6 +26,7 @@ from torch.utils._python_dispatch import (
 from . import fastpath, fused
 from .provenance import Provenance, without_modes
 from .report import Ledger
+from .stack import innermost
 
 # Under inference_mode these arrive whole, and with them the attention that they are made of.
 _MADE_OF_OTHERS = (
@@ -41,7 +39,6 @@ _SDPA = "_scaled_dot_product_"
 # What nested tensors call on CUDA: laid out as flash_attn's own operators are.
 _KERNELS = ("_flash_attention_forward", "_efficient_attention_forward", "_cudnn_attention_forward")
 _CHOOSING = (torch.ops.aten.linear.default, torch.ops.aten.matmul.default)
-_CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
 
 
 class AttentionMode(TorchDispatchMode):
@@ -131,22 +128,11 @@ class AttentionMode(TorchDispatchMode):
         return fused.sums_of_custom(given, output, rows=self._rows)
 
     def _map(self, sums: Tensor) -> None:
-        module = self._innermost()
+        module = innermost(self._paths)
         if isinstance(module, nn.TransformerEncoderLayer):
             module = module.self_attn  # whose forward the fast path does not call
         if module is not None:
             self._found(self._paths[module], sums)
-
-    def _innermost(self) -> nn.Module | None:
-        """The innermost module on the Python stack.
-
-        No hook, so nothing that would switch off a fast path or recompile a graph.
-        """
-        for frame in _frames():
-            if frame.f_code in _CALLS and frame.f_locals["self"] in self._paths:
-                module: nn.Module = frame.f_locals["self"]
-                return module
-        return None
 
 
 @contextlib.contextmanager
@@ -165,25 +151,6 @@ def _as_outside(func: Any) -> Iterator[None]:
         yield
     finally:
         torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
-
-
-def calls_on_stack(module: nn.Module) -> int:
-    """How many calls of `module` are running in this thread."""
-    return sum(
-        frame.f_code is _CALLS[0] and frame.f_locals["self"] is module for frame in _frames()
-    )
-
-
-def steps_on_stack() -> bool:
-    """Whether an optimizer's step is running in this thread: the forward is its closure's."""
-    return any(isinstance(frame.f_locals.get("self"), Optimizer) for frame in _frames())
-
-
-def _frames() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
 
 
 def leave(mode: TorchDispatchMode) -> None:

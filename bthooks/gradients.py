@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .names import parameter_names
+from .sharded import local, whole_norms
 
 _LARGE, _ROW = 1 << 16, 1024
 
@@ -18,7 +19,8 @@ _LARGE, _ROW = 1 << 16, 1024
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
     """The L2 norm of each parameter's gradient, as 0-d float32 tensors on their devices.
 
-    A parameter without a gradient is left out; a shared one is there once.
+    A parameter without a gradient is left out; a shared one is there once. Where parameters are
+    DTensors every rank must call this: the norms are those of the whole, and -1 for one without.
 
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> layer(torch.tensor([[3.0, 4.0]])).sum().backward()
@@ -26,15 +28,17 @@ def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
     {'weight': tensor(5.)}
     """
     names = parameter_names(model)
-    return norms({name: p.grad for p, name in names.items() if p.grad is not None})
+    found = norms({name: p.grad for p, name in names.items() if p.grad is not None})
+    (found,) = whole_norms({name: p for p, name in names.items()}, [found])
+    return found
 
 
 @torch.no_grad()
 def norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The L2 norm of each tensor, as 0-d float32 tensors on their devices."""
+    """The L2 norm of each tensor's part on this rank, as 0-d float32 tensors on their devices."""
     groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        values = _first_stage(_real(tensor.detach()))
+        values = _first_stage(_real(local(tensor.detach())))
         groups.setdefault((values.device, values.dtype), {})[name] = values
     found: dict[str, Tensor] = {}
     for (_, dtype), group in groups.items():
@@ -47,24 +51,45 @@ def norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def update_ratios(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """‖after − before‖ / ‖before‖ for each parameter, as 0-d float32 tensors."""
-    size = norms(before)
-    change = norms({name: after[name] - tensor for name, tensor in before.items()})
-    return {name: change[name] / size[name] for name in before}
+def ratios(change: Mapping[str, Tensor], size: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """‖change‖ / ‖size‖ for each parameter, as 0-d float32 tensors."""
+    return {name: change[name] / size[name] for name in size}
 
 
-def summarize(norms: Mapping[str, float]) -> dict[str, float]:
+def summarize(
+    norms: Mapping[str, float], unclipped: Mapping[str, float] | None = None, scale: float = 1.0
+) -> dict[str, float]:
     """`total_norm` (L2 over all) and `layer_mean/<module>` (mean of its own parameters' norms).
+
+    Args:
+        norms: those below 0 are of parameters without a gradient.
+        unclipped: the norms before clipping, for `total_norm_before_clip`. It is left out where
+            the loss seems to have been scaled by other than `scale`.
+        scale: what the loss was multiplied with.
 
     >>> summarize({"a.weight": 3.0, "a.bias": 4.0})
     {'total_norm': 5.0, 'layer_mean/a': 3.5}
     """
     layers: dict[str, list[float]] = {}
     for name, norm in norms.items():
-        layers.setdefault(name.rpartition(".")[0] or "root", []).append(norm)
-    means = {f"layer_mean/{layer}": sum(own) / len(own) for layer, own in layers.items()}
-    return {"total_norm": math.hypot(*norms.values()), **means} if norms else {}
+        if not norm < 0:
+            layers.setdefault(name.rpartition(".")[0] or "root", []).append(norm)
+    if not layers:
+        return {}
+    total = math.hypot(*(norm for own in layers.values() for norm in own))
+    before = math.hypot(*(norm for norm in (unclipped or {}).values() if not norm < 0)) / scale
+    found = {"total_norm": total}
+    if unclipped and not _is_scaled(before, total):
+        found["total_norm_before_clip"] = before
+    return found | {f"layer_mean/{layer}": sum(own) / len(own) for layer, own in layers.items()}
+
+
+def _is_scaled(unclipped: float, applied: float) -> bool:
+    """Whether a total norm shrank by a power of two, as by a loss scale; clipping never does."""
+    if not (0 < applied < unclipped < math.inf):
+        return False
+    power = math.log2(unclipped / applied)
+    return power > 0.5 and abs(power - round(power)) < 1e-5
 
 
 def _real(tensor: Tensor) -> Tensor:

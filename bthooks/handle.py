@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules import module
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
@@ -26,15 +26,15 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from .capture import calls_on_stack, steps_on_stack
-from .gradients import norms, update_ratios
 from .hook import Hook
 from .names import module_names, parameter_names
 from .outbox import Batch, Outbox
-from .readings import Readings, learning_rates, parameter_histograms, uncertainties
+from .readings import Readings, uncertainties
 from .report import Ledger, Report, reasons, unattended
+from .stack import calls_on_stack, steps_on_stack
 from .steps import Cadence, Due, Optimizers, Probe, Steps
 from .uncertainty import find_uncertainties
+from .updates import Updates
 from .window import Window, is_compiled
 from .writers import is_main_rank, open_writer
 
@@ -77,7 +77,7 @@ class Handle:
 
         self._pool = Readings()  # of the training forwards since the last optimizer step
         self._round: Batch | None = None  # the round that has begun, if it is logged
-        self._before: dict[str, Tensor] = {}  # the parameters before an update
+        self._updates = Updates(selected, self._kinds, self._guard, self._ledger)
         self._probe = Probe()
 
         self._watch = any(self._steps.due_next)  # whether the next training forward is observed
@@ -92,7 +92,7 @@ class Handle:
         self.writer: Any = None if isinstance(target, Path) else target
         if self._opened:
             self.writer = open_writer(target, backend)
-        self._outbox = Outbox(self.writer, prefix, self._ledger.failed)
+        self._outbox = Outbox(self.writer, prefix, self._ledger)
         # Exit handlers run in reverse order: this one before that of a writer opened earlier.
         atexit.register(self.detach)
         self._finalizer = weakref.finalize(model, self.detach)
@@ -143,12 +143,18 @@ class Handle:
     def state_dict(self) -> dict[str, int]:
         """What `load_state_dict` needs to continue the charts; flushes first."""
         self.flush()
-        return self._steps.state_dict()
+        return self._steps.state_dict() | {"skipped": self._outbox.skips.count}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue at the step of `state`, without a gap or a double point."""
-        self.flush()
+        known = self.state_dict().keys()
+        if state.keys() != known:
+            raise ValueError(
+                f"Handle.load_state_dict: expected the keys {sorted(known)} that "
+                f"Handle.state_dict() gives, got {sorted(state)}"
+            )
         self._steps.load_state_dict(state)
+        self._outbox.skips.count = state["skipped"]
         self._round, self._watch = None, any(self._steps.due_next)
 
     def detach(self) -> None:
@@ -165,6 +171,7 @@ class Handle:
             self._last_handle = handles.pop(1)  # that thread's forward ends with this hook
         for handle in handles:
             handle.remove()
+        self._updates.unwatch()
         self._finalizer.detach()
         atexit.unregister(self.detach)
         self._close_window()
@@ -204,6 +211,8 @@ class Handle:
                     *(now or then for now, then in zip(steps.due, steps.due_next, strict=True))
                 )
                 self._open_window(root, Batch(steps.number, due))
+                if due.scalars:
+                    self._updates.watch(root)
 
     def _open_window(self, root: nn.Module, batch: Batch) -> None:
         if self._window is not None:
@@ -280,10 +289,9 @@ class Handle:
         if self._index(optimizer) is not None:
             steps = self._steps
             due = steps.due_next if steps.begins_round(optimizer) else steps.due
-            if due.scalars:
-                with self._guard("update ratios"):
-                    names = self._names(optimizer)
-                    self._before = {name: p.detach().clone() for p, name in names.items()}
+            root = self._root()
+            if due.scalars and root is not None:
+                self._updates.remember(root, optimizer)
 
     def _after_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
@@ -301,10 +309,16 @@ class Handle:
         if begins and any(steps.due):
             self._round = Batch(steps.number - 1, steps.due)
             self._outbox.add(self._round)
-        if self._round is not None:
+        root = self._root()
+        if self._round is not None and root is not None:
             with self._guard("optimizer step"):
-                self._round.readings.merge(self._pool)
-                self._measure(self._round, optimizer, index)
+                readings = self._round.readings
+                readings.merge(self._pool)
+                first, before = len(steps.stepped) == 1, steps.rounds - 1
+                self._updates.measure(
+                    root, optimizer, index, steps.due, readings, first=first, steps=before
+                )
+        self._updates.unwatch()
         if self._watch:
             self._pool = Readings()
         # Another optimizer may step in this round: what it is given belongs to it too.
@@ -317,41 +331,6 @@ class Handle:
             self._say_absent()
         self._outbox.send()
         self._round, self._probe = None, Probe()
-
-    def _measure(self, batch: Batch, optimizer: Optimizer | None, index: int | None) -> None:
-        names, readings, kinds = self._names(optimizer), batch.readings, self._kinds
-        if batch.due.scalars:
-            if "gradients" in kinds:
-                with self._guard("gradients"):
-                    found = norms({name: p.grad for p, name in names.items() if p.grad is not None})
-                    readings.norms |= found
-                    self._ledger.captured("gradients", found)
-            if "learning_rate" in kinds and optimizer is not None:
-                with self._guard("learning rate"):
-                    rates = learning_rates(optimizer, index or 0)
-                    readings.scalars |= rates
-                    self._ledger.captured("learning_rate", rates)
-            before, self._before = self._before, {}
-            with self._guard("update ratios"):
-                ratios = update_ratios(before, {name: p for p, name in names.items()})
-                readings.scalars |= {f"gradients/update_ratio/{n}": r for n, r in ratios.items()}
-                self._ledger.captured("updates", ratios)
-        if batch.due.histograms and "histograms" in kinds:
-            with self._guard("histograms"):
-                # The first optimizer of a round brings the parameters that none holds.
-                every = self._names(None) if len(self._steps.stepped) == 1 else names
-                readings.histograms |= parameter_histograms(every)
-                self._ledger.captured("histograms", every.values())
-
-    def _names(self, optimizer: Optimizer | None) -> dict[nn.Parameter, str]:
-        """The selected parameters that `optimizer` holds; all selected ones for None."""
-        root = self._root()
-        names = {} if root is None else parameter_names(root)
-        names = {p: name for p, name in names.items() if self._selected(name)}
-        if optimizer is None:
-            return names
-        held = {p for group in optimizer.param_groups for p in group["params"]}
-        return {p: name for p, name in names.items() if p in held}
 
     @contextlib.contextmanager
     def _guard(self, site: str) -> Iterator[None]:

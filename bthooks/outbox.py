@@ -4,12 +4,13 @@ In: readings by number. Out: one event per number and prefix.
 """
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from .names import tag
 from .readings import Readings, compose
+from .report import Ledger
+from .scaling import Skips, is_any_scaler
 from .steps import Due
 from .writers import Event, is_main_rank, prefixed, write
 
@@ -29,11 +30,13 @@ class Outbox:
 
     Args:
         prefix: in front of every tag.
-        failed: called with what failed where a batch can't be written.
+        ledger: told what can't be written.
     """
 
-    def __init__(self, writer: Any, prefix: str, failed: Callable[[str, Exception], None]) -> None:
-        self._writer, self._prefix, self._failed = writer, prefix, failed
+    def __init__(self, writer: Any, prefix: str, ledger: Ledger) -> None:
+        self._writer, self._prefix, self._ledger = writer, prefix, ledger
+        self.skips = Skips()
+        self._scalers: bool | None = None  # whether there is any
         self._waiting: list[Batch] = []
         self._lock = threading.RLock()
         self._last: dict[str, int] = {}  # by tag: the number last written
@@ -53,11 +56,29 @@ class Outbox:
             if self._writer is None or not is_main_rank():
                 continue
             try:
-                event = compose(readings, model=True, images=batch.due.histograms)
+                event = compose(readings, model=True, images=batch.due.histograms, skips=self.skips)
+                self._without_scaled(readings, event)
                 event = prefixed(event, tag(self._prefix, batch.prefix))
                 write(self._writer, self._unwritten(event, batch.number), batch.number)
             except Exception as error:
-                self._failed("event file", error)
+                self._ledger.failed("event file", error)
+
+    def _without_scaled(self, readings: Readings, event: Event) -> None:
+        """Leave out a total norm before clipping that may be one of a scaled loss, and say so."""
+        total, before = "gradients/total_norm", "gradients/total_norm_before_clip"
+        if not readings.unclipped or total not in event.scalars:
+            return
+        far = event.scalars.get(before, 0) > 16 * event.scalars[total]
+        if far and readings.scaling is None:
+            self._scalers = is_any_scaler() if self._scalers is None else self._scalers
+            if self._scalers:
+                del event.scalars[before]
+        if before not in event.scalars:
+            self._ledger.say(
+                before,
+                "left out: the gradients at the end of backward() seem to be those of a scaled "
+                "loss, and the optimizer was not called by scaler.step(optimizer)",
+            )
 
     def flush(self) -> None:
         """Write what waits, to the disk."""
@@ -66,7 +87,7 @@ class Outbox:
             try:
                 self._writer.flush()
             except Exception as error:
-                self._failed("flush of the writer", error)
+                self._ledger.failed("flush of the writer", error)
 
     def _unwritten(self, event: Event, number: int) -> Event:
         """`event` without the tags that a flush in the middle of a step has brought this far."""

@@ -14,6 +14,7 @@ from . import attention, gradients
 from .histograms import Histogram, histogram
 from .images import heat_map
 from .names import distinct
+from .scaling import Scaling, Skips
 from .writers import Event, to_host
 
 
@@ -24,6 +25,8 @@ class Readings:
     scalars: dict[str, Tensor | float] = field(default_factory=dict)  # tag -> 0-d
     means: dict[str, Tensor] = field(default_factory=dict)  # tag -> (2,): sum, count
     norms: dict[str, Tensor] = field(default_factory=dict)  # parameter name -> 0-d
+    unclipped: dict[str, Tensor] = field(default_factory=dict)  # the same, before clipping
+    scaling: Scaling | None = None  # of the loss
     attention: dict[str, Tensor] = field(default_factory=dict)  # module path -> (heads, 12)
     histograms: dict[str, Histogram] = field(default_factory=dict)  # tag -> buckets
     samples: dict[str, Tensor] = field(default_factory=dict)  # tag -> (n,), drawn as histogram
@@ -40,21 +43,28 @@ class Readings:
             self.samples[tag] = values if mine is None else torch.cat([mine, values])
         self.scalars |= other.scalars
         self.norms |= other.norms
+        self.unclipped |= other.unclipped
+        self.scaling = other.scaling or self.scaling
         self.histograms |= other.histograms
 
 
-def compose(readings: Readings, *, model: bool = False, images: bool = False) -> Event:
+def compose(
+    readings: Readings, *, model: bool = False, images: bool = False, skips: Skips | None = None
+) -> Event:
     """The event that `readings` amount to: one device-to-host copy per device, then floats.
 
     Args:
         model: the readings are of all layers: with the figures over them.
         images: with the heat map of all heads.
+        skips: what counts the steps that a loss scaler skipped.
     """
     histograms = readings.histograms | {
         tag: histogram(values) for tag, values in readings.samples.items()
     }
     tensors = [value for value in readings.scalars.values() if isinstance(value, Tensor)]
-    tensors += [*readings.means.values(), *readings.norms.values(), *readings.attention.values()]
+    tensors += [*readings.means.values(), *readings.norms.values(), *readings.unclipped.values()]
+    tensors += [readings.scaling.state] if readings.scaling else []
+    tensors += readings.attention.values()
     host = iter(to_host([*tensors, *(part for h in histograms.values() for part in h)]))
 
     scalars = {
@@ -66,8 +76,19 @@ def compose(readings: Readings, *, model: bool = False, images: bool = False) ->
         if count:
             scalars[tag] = total / count
     norms = {name: next(host).item() for name in readings.norms}
-    scalars |= {f"gradients/norm/{name}": norm for name, norm in norms.items()}
-    scalars |= {f"gradients/{name}": value for name, value in gradients.summarize(norms).items()}
+    unclipped = {name: next(host).item() for name in readings.unclipped}
+    scale = 1.0
+    if readings.scaling is not None:
+        scale, clean, overflow = next(host).tolist()
+        if skips is not None:
+            scalars["gradients/skipped_steps"] = skips.look(readings.scaling, scale, clean)
+        if overflow:  # a fused optimizer was called, and did nothing
+            norms, unclipped = {}, {}
+            applied = [name for name in scalars if name.startswith("gradients/update_ratio/")]
+            scalars = {name: value for name, value in scalars.items() if name not in applied}
+    scalars |= {f"gradients/norm/{name}": norm for name, norm in norms.items() if not norm < 0}
+    summary = gradients.summarize(norms, unclipped, scale)
+    scalars |= {f"gradients/{name}": value for name, value in summary.items()}
     maps = {path: next(host) for path in readings.attention}
     stats = {path: attention.whole(sums) for path, sums in maps.items()}
     for path, found in stats.items():

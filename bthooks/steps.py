@@ -109,11 +109,6 @@ class Steps:
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        if state.keys() != self.state_dict().keys():
-            raise ValueError(
-                f"Handle.load_state_dict: expected the keys {sorted(self.state_dict())} that "
-                f"Handle.state_dict() gives, got {sorted(state)}"
-            )
         self.number, self.rounds = state["step"], state["rounds"]
         self.evaluated = bool(state["evaluated"])
         self.inferences, self._last_eval = state["inferences"], state["last_eval"]

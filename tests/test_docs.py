@@ -20,17 +20,20 @@ from .models import Transformer, batch
 PACKAGE = Path(bthooks.__file__).parent
 MODULES = sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE)]))
 PURE = {"names", "fastpath", "fused", "images", "attention", "gradients", "histograms"}
-PURE |= {"scores", "uncertainty"}
+PURE |= {"scores", "sharded", "uncertainty"}
 ORDER = [  # a module imports those behind it only
     "attach",
     "handle",
     "log",
     "outbox",
+    "updates",
     "readings",
+    "scaling",
     "window",
     "capture",
     "provenance",
     "report",
+    "stack",
     "steps",
     "writers",
     "checks",
@@ -40,6 +43,7 @@ ORDER = [  # a module imports those behind it only
     "attention",
     "scores",
     "gradients",
+    "sharded",
     "images",
     "histograms",
     "uncertainty",
@@ -144,10 +148,11 @@ def attached(writer):
     model = Transformer()
     kinds = (*bthooks.handle.KINDS, *bthooks.handle.ON_REQUEST)
     optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.blocks, model.head)]
+    scaler = torch.amp.GradScaler("cpu")
     with bthooks.attach(model, writer, capture=kinds):
         for optimizer in optimizers:
-            model(batch(0)[0])["logits"].sum().backward()
-            optimizer.step()
+            scaler.scale(model(batch(0)[0])["logits"].sum()).backward()
+            scaler.step(optimizer)
         model.eval()
         model(batch(0)[0])
 

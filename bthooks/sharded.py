@@ -1,0 +1,61 @@
+"""Sharded: norms of tensors whose parts lie on several ranks, by one reduction for all.
+
+In: norms of each rank's own parts. Out: norms of the whole, the same on every rank.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's own part of a DTensor; another tensor as it is."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether other ranks hold parts or copies of it, as of a DTensor."""
+    return hasattr(tensor, "device_mesh")
+
+
+@torch.no_grad()
+def whole_norms(
+    parameters: Mapping[str, Any], parts: Sequence[Mapping[str, Tensor]]
+) -> list[dict[str, Tensor]]:
+    """The norms of whole tensors, from those of each rank's parts; below 0: no rank has one.
+
+    Args:
+        parameters: by name, the same on every rank; one that is no DTensor is whole already.
+        parts: several norms by name; a rank that has none contributes zero.
+
+    Every rank of a mesh must call this with as many `parts`: one reduction per dimension of the
+    mesh over which anything is sharded, so one under FSDP2.
+    """
+    found = [dict(part) for part in parts]
+    meshes: dict[Any, list[str]] = {}
+    for name, parameter in parameters.items():
+        if is_sharded(parameter):
+            meshes.setdefault(parameter.device_mesh, []).append(name)
+    for mesh, names in meshes.items():
+        zero = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
+        norms = [[part.get(name) for name in names] for part in parts]
+        squares = [[zero if n is None else n.to(zero).square() for n in row] for row in norms]
+        there = [[zero if n is None else zero + 1 for n in row] for row in norms]
+        sums = torch.stack([torch.stack(row) for row in (*squares, *there)])  # (2 parts, names)
+        placements = [parameters[name].placements for name in names]
+        for dimension in range(mesh.ndim):
+            copied = [on[dimension].is_replicate() for on in placements]
+            if all(copied):
+                continue
+            weights = [1 / mesh.size(dimension) if copy else 1.0 for copy in copied]
+            sums[: len(parts)] *= torch.tensor(weights, dtype=sums.dtype, device=sums.device)
+            dist.all_reduce(sums, group=mesh.get_group(dimension))
+        squares_, there_ = sums.chunk(2)
+        wholes = torch.where(there_ > 0, squares_.sqrt(), -1).to(torch.float32)
+        for part, row in zip(found, wholes, strict=True):
+            part.update(zip(names, row.unbind(), strict=True))
+    return found

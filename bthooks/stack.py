@@ -1,0 +1,44 @@
+"""Stack: which modules and optimizers run in this thread, from its Python frames.
+
+No hook, so nothing that would switch off a fast path or recompile a graph.
+"""
+
+import sys
+from collections.abc import Container, Iterator
+from types import FrameType
+
+from torch import nn
+from torch.optim import Optimizer
+
+_CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
+
+
+def innermost(modules: Container[nn.Module]) -> nn.Module | None:
+    """The innermost of `modules` that is called."""
+    for frame in frames():
+        if frame.f_code in _CALLS and frame.f_locals["self"] in modules:
+            module: nn.Module = frame.f_locals["self"]
+            return module
+    return None
+
+
+def calls_on_stack(module: nn.Module) -> int:
+    """How many calls of `module` are running in this thread."""
+    return sum(frame.f_code is _CALLS[0] and frame.f_locals["self"] is module for frame in frames())
+
+
+def steps_on_stack() -> bool:
+    """Whether an optimizer's step is running in this thread: the forward is its closure's."""
+    # Of no other frame: f_locals keeps a frame's objects alive as long as the frame lives.
+    return any(
+        frame.f_code.co_name == "step" and isinstance(frame.f_locals.get("self"), Optimizer)
+        for frame in frames()
+    )
+
+
+def frames() -> Iterator[FrameType]:
+    """The Python stack of this thread, from the innermost frame."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

@@ -1,0 +1,170 @@
+"""Updates: what is measured around the step of an optimizer.
+
+In: the end of each backward pass, and the steps of the optimizers. Out: `Readings` of a number.
+"""
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from .gradients import norms, ratios
+from .hook import Hook
+from .names import parameter_names
+from .readings import Readings, learning_rates, parameter_histograms
+from .report import Ledger
+from .scaling import find_scaler, scaling
+from .sharded import is_sharded, whole_norms
+from .steps import Due
+
+
+class Updates:
+    """The parameters of a model and their gradients, as its optimizers step.
+
+    Args:
+        selected: which parameter names are wanted.
+        kinds: which of gradients, learning_rate, histograms and updates are.
+        guard: a context that keeps what fails inside from the training step.
+    """
+
+    def __init__(
+        self,
+        selected: Callable[[str], bool],
+        kinds: Collection[str],
+        guard: Callable[[str], contextlib.AbstractContextManager[None]],
+        ledger: Ledger,
+    ) -> None:
+        self._selected, self._kinds, self._guard, self._ledger = selected, kinds, guard, ledger
+        self._watched: list[RemovableHandle] = []
+        self._backward: int | None = None  # the pass whose end is waited for
+        self._unclipped: dict[str, Tensor] = {}  # gradient norms at the end of the last backward
+        self._former: dict[str, Tensor] = {}  # the parameters before an update
+
+    def watch(self, root: nn.Module) -> None:
+        """Measure the gradients at the end of each backward pass, until an optimizer steps."""
+        if self._watched or "gradients" not in self._kinds:
+            return
+        hook = Hook(self, functools.partial(self._accumulated, weakref.ref(root)))
+        for parameter in parameter_names(root):
+            if parameter.requires_grad and parameter.is_leaf and not is_lazy(parameter):
+                self._watched.append(parameter.register_post_accumulate_grad_hook(hook))
+
+    def unwatch(self) -> None:
+        """Take off what `watch` put on, and forget what it measured."""
+        for handle in self._watched:
+            handle.remove()
+        self._watched, self._unclipped, self._backward = [], {}, None
+
+    def _accumulated(self, root: Callable[[], nn.Module | None], parameter: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        if task == self._backward or torch.compiler.is_compiling():
+            return
+        self._backward = task
+        # The second comes after DDP's and FSDP2's own, which reduce the gradients.
+        later = functools.partial(self._backward_ended, root)
+        engine = Variable._execution_engine
+        engine.queue_callback(functools.partial(engine.queue_callback, later))
+
+    def _backward_ended(self, root: Callable[[], nn.Module | None]) -> None:
+        self._backward = None
+        model = root()
+        if model is not None and self._watched:
+            with self._guard("gradients before clipping"):
+                self._unclipped = self._norms(self.names(model, None))
+
+    def remember(self, root: nn.Module, optimizer: Optimizer) -> None:
+        """Keep the parameters as they are before the step of `optimizer`."""
+        with self._guard("update ratios"):
+            names = self.names(root, optimizer)
+            self._former = {name: p.detach().clone() for p, name in names.items()}
+
+    def measure(
+        self,
+        root: nn.Module,
+        optimizer: Optimizer | None,
+        index: int | None,
+        due: Due,
+        readings: Readings,
+        *,
+        first: bool,
+        steps: int,
+    ) -> None:
+        """Read what the step of `optimizer` applied.
+
+        Args:
+            optimizer: None for one that is no torch.optim.Optimizer.
+            index: its number among several.
+            first: of its round: it brings the parameters that no optimizer holds.
+            steps: the steps done before.
+        """
+        names = self.names(root, optimizer)
+        if due.scalars:
+            self._measure_norms(names, readings)
+            if optimizer is not None:
+                self._measure_optimizer(optimizer, index or 0, readings, steps)
+        if due.histograms and "histograms" in self._kinds:
+            with self._guard("histograms"):
+                every = self.names(root, None) if first else names
+                if any(map(is_sharded, every)):
+                    self._ledger.say(
+                        "histograms", "parameters are sharded over ranks: one rank holds a part"
+                    )
+                    every = {p: name for p, name in every.items() if not is_sharded(p)}
+                readings.histograms |= parameter_histograms(every)
+                self._ledger.captured("histograms", every.values())
+
+    def _measure_norms(self, names: Mapping[nn.Parameter, str], readings: Readings) -> None:
+        former, self._former = self._former, {}
+        applied: dict[str, Tensor] = {}
+        size: dict[str, Tensor] = {}
+        change: dict[str, Tensor] = {}
+        if "gradients" in self._kinds:
+            with self._guard("gradients"):
+                applied = self._norms(names)
+        with self._guard("update ratios"):
+            after = {name: p.detach() for p, name in names.items() if name in former}
+            size = norms({name: former[name] for name in after})
+            change = norms({name: p - former[name] for name, p in after.items()})
+        held = set(names.values())
+        unclipped = {name: n for name, n in self._unclipped.items() if name in held}
+        with self._guard("norms of sharded parameters"):
+            parameters = {name: p for p, name in names.items()}
+            parts = [applied, unclipped, size, change]
+            applied, unclipped, size, change = whole_norms(parameters, parts)
+            readings.norms |= applied
+            readings.unclipped |= unclipped
+            update = {f"gradients/update_ratio/{n}": r for n, r in ratios(change, size).items()}
+            readings.scalars |= update
+            self._ledger.captured("gradients", applied)
+            self._ledger.captured("updates", size)
+
+    def _measure_optimizer(
+        self, optimizer: Optimizer, index: int, readings: Readings, steps: int
+    ) -> None:
+        if "learning_rate" in self._kinds:
+            with self._guard("learning rate"):
+                rates = learning_rates(optimizer, index)
+                readings.scalars |= rates
+                self._ledger.captured("learning_rate", rates)
+        with self._guard("loss scale"):
+            scaler = find_scaler()
+            if scaler is not None:
+                readings.scaling = scaling(scaler, optimizer, steps)
+
+    def _norms(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+        return norms({name: p.grad for p, name in names.items() if p.grad is not None})
+
+    def names(self, root: nn.Module, optimizer: Optimizer | None) -> dict[nn.Parameter, str]:
+        """The selected parameters that `optimizer` holds; all selected ones for None."""
+        names = {p: name for p, name in parameter_names(root).items() if self._selected(name)}
+        if optimizer is None:
+            return names
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        return {p: name for p, name in names.items() if p in held}

@@ -209,15 +209,12 @@ class Provenance:
 
     def _cat(self, tensors: Sequence[Tensor], dim: int = 0, *, output: Tensor) -> None:
         """Sinks are scores that were learnt, put beside those of the keys (GPT-OSS)."""
-        if not _is_last(dim, output):
-            return
-        start = 0
-        for tensor in tensors:
-            stop = start + tensor.shape[-1]
-            mark = self._of(tensor)
-            if isinstance(mark, _Scores) and len(tensors) == 2:
-                self._mark(output, replace(mark, keys=slice(start, stop)))
-            start = stop
+        marks = [self._of(tensor) for tensor in tensors]
+        scores = [mark for mark in marks if isinstance(mark, _Scores)]
+        if len(tensors) == 2 and len(scores) == 1 and _is_last(dim, output):
+            at, width = marks.index(scores[0]), tensors[0].shape[-1]
+            keys = slice(width, None) if at else slice(0, width)
+            self._mark(output, replace(scores[0], keys=keys))
 
     def _carry(self, role: _Role, args: tuple[Any, ...], output: Any) -> None:
         tensors = [a for a in args if isinstance(a, Tensor)]

@@ -36,6 +36,8 @@ def whole_norms(
     mesh over which anything is sharded, so one under FSDP2.
     """
     found = [dict(part) for part in parts]
+    if not parts:
+        return found
     meshes: dict[Any, list[str]] = {}
     for name, parameter in parameters.items():
         if is_sharded(parameter):

@@ -49,7 +49,7 @@ class Updates:
 
     def watch(self, root: nn.Module) -> None:
         """Measure the gradients at the end of each backward pass, until an optimizer steps."""
-        if self._watched or "gradients" not in self._kinds:
+        if self._watched or "gradients" not in self._kinds or self._is_flattened(root):
             return
         hook = Hook(self, functools.partial(self._accumulated, weakref.ref(root)))
         for parameter in parameter_names(root):
@@ -104,11 +104,13 @@ class Updates:
             first: of its round: it brings the parameters that no optimizer holds.
             steps: the steps done before.
         """
+        if due.scalars and optimizer is not None:
+            self._measure_optimizer(optimizer, index or 0, readings, steps)
+        if self._is_flattened(root):
+            return
         names = self.names(root, optimizer)
         if due.scalars:
             self._measure_norms(names, readings)
-            if optimizer is not None:
-                self._measure_optimizer(optimizer, index or 0, readings, steps)
         if due.histograms and "histograms" in self._kinds:
             with self._guard("histograms"):
                 every = self.names(root, None) if first else names
@@ -123,27 +125,30 @@ class Updates:
     def _measure_norms(self, names: Mapping[nn.Parameter, str], readings: Readings) -> None:
         former, self._former = self._former, {}
         applied: dict[str, Tensor] = {}
-        size: dict[str, Tensor] = {}
         change: dict[str, Tensor] = {}
+        size: dict[str, Tensor] = {}
         if "gradients" in self._kinds:
             with self._guard("gradients"):
                 applied = self._norms(names)
         with self._guard("update ratios"):
             after = {name: p.detach() for p, name in names.items() if name in former}
-            size = norms({name: former[name] for name in after})
             change = norms({name: p - former[name] for name, p in after.items()})
+            size = norms({name: former[name] for name in after})
         held = set(names.values())
-        unclipped = {name: n for name, n in self._unclipped.items() if name in held}
-        with self._guard("norms of sharded parameters"):
-            parameters = {name: p for p, name in names.items()}
-            parts = [applied, unclipped, size, change]
-            applied, unclipped, size, change = whole_norms(parameters, parts)
-            readings.norms |= applied
-            readings.unclipped |= unclipped
-            update = {f"gradients/update_ratio/{n}": r for n, r in ratios(change, size).items()}
-            readings.scalars |= update
-            self._ledger.captured("gradients", applied)
-            self._ledger.captured("updates", size)
+        unclipped = {name: norm for name, norm in self._unclipped.items() if name in held}
+        # Whatever failed on this rank, and whatever it has: the others wait for it.
+        parts = [applied, unclipped] if "gradients" in self._kinds else []
+        parts += [change, size] if "updates" in self._kinds else []
+        with self._guard("norms"):
+            wholes = whole_norms({name: p for p, name in names.items()}, parts)
+            if "gradients" in self._kinds:
+                readings.norms |= wholes[0]
+                readings.unclipped |= wholes[1]
+                self._ledger.captured("gradients", applied)
+            if "updates" in self._kinds:
+                found = ratios(*wholes[-2:])
+                readings.scalars |= {f"gradients/update_ratio/{n}": r for n, r in found.items()}
+                self._ledger.captured("updates", found)
 
     def _measure_optimizer(
         self, optimizer: Optimizer, index: int, readings: Readings, steps: int
@@ -157,6 +162,20 @@ class Updates:
             scaler = find_scaler()
             if scaler is not None:
                 readings.scaling = scaling(scaler, optimizer, steps)
+
+    def _is_flattened(self, root: nn.Module) -> bool:
+        """Whether a rank holds slices that cross the bounds of parameters: said once."""
+        for module in root.modules():
+            package, name = type(module).__module__, type(module).__name__
+            is_fsdp1 = name == "FullyShardedDataParallel" and package.startswith("torch.")
+            if is_fsdp1 or package.partition(".")[0] == "deepspeed":
+                self._ledger.say(
+                    "gradients",
+                    f"not measured under {name}: a rank holds slices of flattened parameters, of "
+                    "which every norm would be partial; torch's fully_shard (FSDP2) is measured",
+                )
+                return True
+        return False
 
     def _norms(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
         return norms({name: p.grad for p, name in names.items() if p.grad is not None})

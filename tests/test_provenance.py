@@ -101,6 +101,10 @@ class Explicit(nn.Module):
         elif self.kind == "one key":
             weights = self.keep(torch.einsum("bhid,bhjd->bhij", q, k[:, :, :1]).softmax(-1))
             y = torch.einsum("bhij,bhjd->bhid", weights, v[:, :, :1])
+        elif self.kind == "local and global":  # two products side by side
+            scores = torch.cat([q @ k[:, :, :4].mT, q @ k[:, :, 4:].mT], -1)
+            weights = self.keep(scores.softmax(-1))
+            y = weights[..., :4] @ v[:, :, :4] + weights[..., 4:] @ v[:, :, 4:]
         elif self.kind == "twice":
             weights = self.keep((q @ k.mT).softmax(-1))
             y = weights @ v + weights @ k
@@ -118,6 +122,7 @@ KINDS = [
     "bmm", "einsum", "talking heads", "capped", "in place", "right operand", "windows",
     "one head", "sinks", "twice", "math", "re-attention", "convolved heads", "distances",
     "written out", "written out in place", "logsumexp", "log softmax", "one key",
+    "local and global",
 ]  # fmt: skip
 CONTEXTS = {"train": contextlib.nullcontext, "eval": torch.no_grad, "infer": torch.inference_mode}
 

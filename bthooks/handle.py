@@ -112,6 +112,8 @@ class Handle:
         self._handles.append(register_optimizer_step_post_hook(self._after_optimizer))
         if "updates" in self._kinds:
             self._handles.append(register_optimizer_step_pre_hook(self._before_optimizer))
+        if self._steps.due_next.scalars:
+            self._watch_gradients(model)
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether this is an attachment to `model`."""
@@ -212,7 +214,7 @@ class Handle:
                 )
                 self._open_window(root, Batch(steps.number, due))
                 if due.scalars:
-                    self._updates.watch(root)
+                    self._watch_gradients(root)
 
     def _open_window(self, root: nn.Module, batch: Batch) -> None:
         if self._window is not None:
@@ -324,6 +326,12 @@ class Handle:
         # Another optimizer may step in this round: what it is given belongs to it too.
         more = self._round is not None and len(steps.stepped) < len(self._optimizers)
         self._watch = any(steps.due_next) or more
+        if steps.due_next.scalars and root is not None:
+            self._watch_gradients(root)
+
+    def _watch_gradients(self, root: nn.Module) -> None:
+        with self._guard("gradients before clipping"):
+            self._updates.watch(root)
 
     def _end_round(self) -> None:
         self._close_window()

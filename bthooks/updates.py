@@ -43,24 +43,30 @@ class Updates:
     ) -> None:
         self._selected, self._kinds, self._guard, self._ledger = selected, kinds, guard, ledger
         self._watched: list[RemovableHandle] = []
+        self._ids: list[int] = []  # of the parameters that are watched
         self._backward: int | None = None  # the pass whose end is waited for
         self._unclipped: dict[str, Tensor] = {}  # gradient norms at the end of the last backward
         self._former: dict[str, Tensor] = {}  # the parameters before an update
 
     def watch(self, root: nn.Module) -> None:
-        """Measure the gradients at the end of each backward pass, until an optimizer steps."""
-        if self._watched or "gradients" not in self._kinds or self._is_flattened(root):
+        """Measure the gradients at the end of each backward pass, until `unwatch`."""
+        if "gradients" not in self._kinds or self._is_flattened(root):
             return
+        parameters = [
+            p for p in parameter_names(root) if p.requires_grad and p.is_leaf and not is_lazy(p)
+        ]
+        if self._ids == (ids := [id(p) for p in parameters]):
+            return
+        self.unwatch()
+        self._ids = ids
         hook = Hook(self, functools.partial(self._accumulated, weakref.ref(root)))
-        for parameter in parameter_names(root):
-            if parameter.requires_grad and parameter.is_leaf and not is_lazy(parameter):
-                self._watched.append(parameter.register_post_accumulate_grad_hook(hook))
+        self._watched = [p.register_post_accumulate_grad_hook(hook) for p in parameters]
 
     def unwatch(self) -> None:
         """Take off what `watch` put on, and forget what it measured."""
         for handle in self._watched:
             handle.remove()
-        self._watched, self._unclipped, self._backward = [], {}, None
+        self._watched, self._ids, self._unclipped, self._backward = [], [], {}, None
 
     def _accumulated(self, root: Callable[[], nn.Module | None], parameter: Tensor) -> None:
         task = torch._C._current_graph_task_id()

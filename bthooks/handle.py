@@ -131,9 +131,11 @@ class Handle:
 
     def flush(self) -> None:
         """Write to the disk what was measured so far, also of a step that is not over."""
-        pooled = Batch(self._steps.number, self._steps.due_next, readings=self._pool)
-        self._pool = Readings()
-        self._outbox.add(pooled)
+        steps, self._pool, pool = self._steps, Readings(), self._pool
+        if any(steps.due_next) or self._round is None:
+            self._outbox.add(Batch(steps.number, steps.due_next, readings=pool))
+        else:
+            self._round.readings.merge(pool)
         self._outbox.flush()
         if self._round is not None:  # another optimizer may still step in it
             self._outbox.add(self._round)
@@ -320,14 +322,17 @@ class Handle:
                 self._updates.measure(
                     root, optimizer, index, steps.due, readings, first=first, steps=before
                 )
-        self._updates.unwatch()
         if self._watch:
             self._pool = Readings()
         # Another optimizer may step in this round: what it is given belongs to it too.
         more = self._round is not None and len(steps.stepped) < len(self._optimizers)
         self._watch = any(steps.due_next) or more
-        if steps.due_next.scalars and root is not None:
+        # In the first round the others are not known yet.
+        watched = steps.due_next.scalars or (steps.due.scalars and (more or steps.rounds == 1))
+        if watched and root is not None:
             self._watch_gradients(root)
+        else:
+            self._updates.unwatch()
 
     def _watch_gradients(self, root: nn.Module) -> None:
         with self._guard("gradients before clipping"):

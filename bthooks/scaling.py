@@ -46,7 +46,9 @@ def find_scaler() -> GradScaler | None:
 
 def is_any_scaler() -> bool:
     """Whether a scaler exists anywhere in the process."""
-    return any(isinstance(found, GradScaler) and found.is_enabled() for found in gc.get_objects())
+    return any(
+        issubclass(type(found), GradScaler) and found.is_enabled() for found in gc.get_objects()
+    )
 
 
 @torch.no_grad()

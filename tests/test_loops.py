@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
@@ -11,6 +12,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 from bthooks import attach
 
 from .conftest import read
+from .models import Transformer, batch
 
 
 def network():
@@ -179,3 +181,173 @@ def test_low_precision_is_measured_in_float32(autocast, tmp_path):
     for name, parameter in model.named_parameters():
         exact = parameter.grad.double().norm().item()
         assert run.value(f"gradients/norm/{name}", 0) == pytest.approx(exact, rel=1e-6)
+
+
+def checkpointed(model, reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    for block in model.blocks:
+        inner = block.forward
+
+        def forward(x, inner=inner):
+            return checkpoint(inner, x, use_reentrant=reentrant)
+
+        block.forward = forward
+    return model
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_gives_the_same_numbers(reentrant, tmp_path):
+    for name in ("plain", "checkpointed"):
+        torch.manual_seed(0)
+        model = Transformer()
+        if name == "checkpointed":
+            checkpointed(model, reentrant)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with attach(model, tmp_path / name, every=1, on_error="raise"):
+            for step in range(3):
+                torch.manual_seed(step)
+                x, y = batch(step)
+                x.requires_grad_()  # reentrant checkpoints ask for it
+                F.cross_entropy(model(x)["logits"], y).backward()
+                clip_grad_norm_(model.parameters(), 0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+    plain, checked = (read(tmp_path / name) for name in ("plain", "checkpointed"))
+    assert checked.scalars.keys() == plain.scalars.keys()
+    for tag, points in plain.scalars.items():
+        assert checked.scalars[tag] == [(s, pytest.approx(v, rel=1e-5)) for s, v in points], tag
+
+
+class Game(nn.Module):
+    """A generator and a discriminator in one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.g, self.d = nn.Linear(4, 6), nn.Linear(6, 1)
+
+    def forward(self, z):
+        return self.d(self.g(z))
+
+
+def play(model, optimizers, step, keep):
+    """One step of each player; the gradients of the other are left where they are."""
+    for player, optimizer in enumerate(optimizers):
+        loss = model(torch.randn(8, 4, generator=torch.Generator().manual_seed(step)))
+        (loss.mean() * (-3, 2)[player]).backward()
+        keep(player)
+        clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 0.1)
+        optimizer.step()
+        model.zero_grad()
+
+
+def test_two_players_and_one_backward_for_two_optimizers(tmp_path):
+    torch.manual_seed(0)
+    model = Game()
+    players = [torch.optim.SGD(part.parameters(), 0.1) for part in (model.d, model.g)]
+    parts, before = (model.d, model.g), []
+
+    def keep(player):
+        gradients = [p.grad for p in parts[player].parameters()]
+        before.append(get_total_norm(gradients).item())
+
+    with attach(model, tmp_path / "game", every=1, on_error="raise"):
+        for step in range(3):
+            play(model, players, step, keep)
+    run = read(tmp_path / "game")
+    totals = [math.hypot(*before[2 * step : 2 * step + 2]) for step in range(3)]
+    points = run.scalars["gradients/total_norm_before_clip"]
+    assert points == [(s, pytest.approx(v, rel=1e-5)) for s, v in enumerate(totals)]
+    points = run.scalars["gradients/total_norm"]
+    assert points == [(s, pytest.approx(0.1 * 2**0.5, rel=1e-3)) for s in range(3)]
+
+    totals = []
+    with attach(model, tmp_path / "once", every=2, on_error="raise"):
+        for _ in range(3):
+            model(torch.ones(2, 4)).sum().backward()
+            totals.append(get_total_norm([p.grad for p in model.parameters()]).item())
+            clip_grad_norm_(model.parameters(), 0.1)
+            for optimizer in players:
+                optimizer.step()
+            model.zero_grad()
+    points = read(tmp_path / "once").scalars["gradients/total_norm_before_clip"]
+    assert points == [(s, pytest.approx(totals[s], rel=1e-5)) for s in (0, 2)]
+
+
+def test_odd_optimizers_and_gradients(tmp_path):
+    """Sparse gradients, a rate per parameter, a tensor rate, schedulers, zeroed gradients."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 4, sparse=True), nn.Linear(4, 2))
+    rate = torch.tensor(0.5)
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [model[0].weight], "lr": 0.25, "name": "embedding"},
+            *({"params": [p]} for p in model[1].parameters()),
+        ],
+        lr=rate,
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)
+    exact = []
+    with attach(model, tmp_path, every=1, on_error="raise"):
+        for step in range(4):
+            optimizer.zero_grad(set_to_none=step % 2 == 0)
+            model(torch.tensor([[1, 1, 2], [3, 1, 0]])).square().sum().backward()
+            grads = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in model.parameters()]
+            exact.append(get_total_norm(grads).item())
+            optimizer.step()
+            scheduler.step()
+    run = read(tmp_path)
+    for tag in ("gradients/total_norm", "gradients/total_norm_before_clip"):
+        assert [v for _, v in run.scalars[tag]] == pytest.approx(exact, rel=1e-5)
+    rates = {"embedding": 0.25, "1": 0.5, "2": 0.5}
+    for step in range(4):
+        found = run.group("learning_rate/", step)
+        assert found == pytest.approx({name: r * 0.5**step for name, r in rates.items()})
+
+
+@pytest.mark.parametrize("how", ["whole", "regional"])
+@pytest.mark.parametrize("first", [True, False])
+def test_compiled_training_keeps_its_graphs(how, first, tmp_path):
+    """`first`: it is compiled and has run before it is attached to."""
+
+    def train(attached):
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        torch.manual_seed(0)
+        model = Transformer()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        losses = []
+
+        def steps(count):
+            for step in range(count):
+                x, y = batch(step)
+                loss = F.cross_entropy(model(x)["logits"], y)
+                loss.backward()
+                clip_grad_norm_(model.parameters(), 0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+
+        if how == "regional":
+            for block in model.blocks:
+                block.compile(backend=counter)
+        else:
+            model = torch.compile(model, backend=counter)
+        if first:
+            steps(2)
+        if attached:
+            with attach(model, tmp_path, every=5, on_error="raise") as handle:
+                steps(50)
+            assert handle.report().captured["attention"]
+        else:
+            steps(50)
+        return losses, counter.frame_count, counter.op_count
+
+    plain, attached = train(False), train(True)
+    assert attached == plain
+    run = read(tmp_path)
+    steps = list(range(0, 50, 5))
+    for tag in ("gradients/total_norm", "gradients/total_norm_before_clip"):
+        assert [step for step, _ in run.scalars[tag]] == steps
+    names = ["root", "root/1"] if how == "whole" else ["blocks.0", "blocks.1"]
+    assert list(run.group("attention/entropy/", 45)) == names

@@ -1,5 +1,6 @@
 """attach: the one call. It checks its arguments and starts a `Handle`."""
 
+import operator
 import os
 import warnings
 from collections.abc import Collection, Sequence
@@ -78,17 +79,19 @@ def attach(
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("attach: a scripted model takes no hooks; attach to it unscripted")
     for name, cadence in (("every", every), ("histograms_every", histograms_every)):
-        if not callable(cadence) and (not isinstance(cadence, int) or cadence < 1):
+        if not callable(cadence) and not _is_whole(cadence, 1):
             raise ValueError(
                 f"attach: {name}={cadence!r}: expected a number of steps, 1 or more, or a "
                 "function of the step; to leave a kind out, name the others in capture="
             )
-    if attention_rows is not None and (not isinstance(attention_rows, int) or attention_rows < 1):
+    if attention_rows is not None and not _is_whole(attention_rows, 1):
         raise ValueError(
             f"attach: attention_rows={attention_rows!r}: expected 1 or more, or None for all"
         )
-    if not isinstance(step, int) or step < 0:
-        raise ValueError(f"attach: step={step!r}: expected a whole number from 0")
+    if not _is_whole(step, 0):
+        raise ValueError(f"attach: step={step!r}: expected a whole number from 0, below 2**62")
+    if not isinstance(prefix, str):
+        raise TypeError(f"attach: prefix is a str, got {prefix!r}")
     if on_error not in ("warn", "raise"):
         raise ValueError(f'attach: on_error={on_error!r}: expected "warn" or "raise"')
     check_backend(backend)
@@ -105,15 +108,24 @@ def attach(
         )
     kinds = None if capture is None else _checked_kinds(capture)
     selected = selector(include)
-    for former in attachments(model):
+    for former in attachments():
+        former.sweep()
         same = former.target is target or former.target == target
-        if same and tag(former.prefix) == tag(prefix):
+        if not same or tag(former.prefix) != tag(prefix):
+            continue
+        if former.is_of(model):
             warnings.warn(
                 "bthooks.attach: this model was attached to this writer already: this attachment "
                 f"replaces the former, which ends before step {former.step}",
                 stacklevel=2,
             )
             former.detach()
+        elif target is not None:
+            warnings.warn(
+                "bthooks.attach: another model is attached to this writer: their points mix in the "
+                'same tags; give each a prefix="..." of its own',
+                stacklevel=2,
+            )
     return Handle(
         model,
         target,
@@ -126,6 +138,15 @@ def attach(
         cadences=(every, histograms_every),
         step=step,
         strict=on_error == "raise",
+    )
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    """Whether `value` is a whole number, numpy's too; True and False are none."""
+    return (
+        not isinstance(value, bool)
+        and hasattr(value, "__index__")
+        and least <= operator.index(value) < 1 << 62
     )
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks as optimizer_hooks
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -87,6 +88,7 @@ class Handle:
         self._depth = 0  # calls of the root inside its own forward
         self._handled: BaseException | None = None
         self._last_handle: RemovableHandle | None = None
+        self._inert: list[RemovableHandle] = []  # left behind by a detach inside a step
 
         self._opened = isinstance(target, Path) and is_main_rank()
         self.writer: Any = None if isinstance(target, Path) else target
@@ -173,8 +175,11 @@ class Handle:
             return
         if self._window is not None and self._window.thread != threading.get_ident():
             self._last_handle = handles.pop(1)  # that thread's forward ends with this hook
-        for handle in handles:
+        # torch walks over its optimizer hooks right now, which must stay as many until it is done.
+        kept = handles[2:] if steps_on_stack() else []
+        for handle in handles[: len(handles) - len(kept)]:
             handle.remove()
+        self._inert = kept
         self._updates.unwatch()
         self._finalizer.detach()
         atexit.unregister(self.detach)
@@ -185,6 +190,13 @@ class Handle:
         if self._opened:
             with self._guard("close of the writer"):
                 self.writer.close()
+
+    def sweep(self) -> None:
+        """Take off what a `detach` inside an optimizer's step had to leave, which does nothing."""
+        if not steps_on_stack():
+            for handle in self._inert:
+                handle.remove()
+            self._inert = []
 
     def __enter__(self) -> "Handle":
         return self
@@ -219,7 +231,7 @@ class Handle:
                     self._watch_gradients(root)
 
     def _open_window(self, root: nn.Module, batch: Batch) -> None:
-        if self._window is not None:
+        if self._window is not None and self._window.is_alive():
             return  # another thread's
         self._optimizers.recheck()
         kinds = set(self._kinds)
@@ -288,17 +300,17 @@ class Handle:
         return None
 
     def _before_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self._handles:
             return
         if self._index(optimizer) is not None:
             steps = self._steps
-            due = steps.due_next if steps.begins_round(optimizer) else steps.due
+            due = steps.due_next if self._begins_round(optimizer) else steps.due
             root = self._root()
             if due.scalars and root is not None:
                 self._updates.remember(root, optimizer)
 
     def _after_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self._handles:
             return
         index = self._index(optimizer)
         if index is not None:
@@ -306,10 +318,10 @@ class Handle:
 
     def _count(self, optimizer: Optimizer | None, index: int | None) -> None:
         steps = self._steps
-        begins = steps.begins_round(optimizer)
+        begins = self._begins_round(optimizer)
         if begins:
             self._end_round()
-        steps.count(optimizer)
+        steps.count(optimizer, begins)
         if begins and any(steps.due):
             self._round = Batch(steps.number - 1, steps.due)
             self._outbox.add(self._round)
@@ -318,9 +330,15 @@ class Handle:
             with self._guard("optimizer step"):
                 readings = self._round.readings
                 readings.merge(self._pool)
-                first, before = len(steps.stepped) == 1, steps.rounds - 1
+                others = self._optimizers.others(optimizer)
                 self._updates.measure(
-                    root, optimizer, index, steps.due, readings, first=first, steps=before
+                    root,
+                    optimizer,
+                    index,
+                    steps.due,
+                    readings,
+                    others=others if len(steps.stepped) == 1 else None,
+                    steps=steps.rounds - 1,
                 )
         if self._watch:
             self._pool = Readings()
@@ -333,6 +351,12 @@ class Handle:
             self._watch_gradients(root)
         else:
             self._updates.unwatch()
+
+    def _begins_round(self, optimizer: Optimizer | None) -> bool:
+        stepped = self._steps.stepped
+        return self._steps.begins_round(optimizer) or any(
+            self._optimizers.share(optimizer, other) for other in stepped
+        )
 
     def _watch_gradients(self, root: nn.Module) -> None:
         with self._guard("gradients before clipping"):
@@ -382,8 +406,7 @@ class Handle:
         return missed
 
 
-def attachments(model: nn.Module) -> list[Handle]:
-    """The attachments that `model` has."""
-    hooks = [*model._forward_pre_hooks.values(), *module._global_forward_pre_hooks.values()]
-    owners = [hook.owner for hook in hooks if isinstance(hook, Hook)]
-    return [owner for owner in owners if isinstance(owner, Handle) and owner.is_of(model)]
+def attachments() -> list[Handle]:
+    """The attachments that there are, to any model."""
+    owners = [getattr(hook, "__self__", None) for hook in optimizer_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, Handle)]

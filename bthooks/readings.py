@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import attention, gradients
+from .checks import readable
 from .histograms import Histogram, histogram
 from .images import heat_map
 from .names import distinct
 from .scaling import Scaling, Skips
 from .writers import Event, to_host
+
+_SAMPLES = 1 << 20
 
 
 @dataclass
@@ -40,7 +43,10 @@ class Readings:
             self.attention[path] = sums if mine is None else attention.merge(mine, sums)
         for tag, values in other.samples.items():
             mine = self.samples.get(tag)
-            self.samples[tag] = values if mine is None else torch.cat([mine, values])
+            if mine is None:
+                self.samples[tag] = values
+            elif mine.numel() < _SAMPLES:  # forwards without end, and no optimizer step
+                self.samples[tag] = torch.cat([mine, values])
         self.scalars |= other.scalars
         self.norms |= other.norms
         self.unclipped |= other.unclipped
@@ -123,9 +129,9 @@ def learning_rates(optimizer: Optimizer, index: int = 0) -> dict[str, Tensor | f
 
 def parameter_histograms(names: Mapping[nn.Parameter, str]) -> dict[str, Histogram]:
     """The histograms of the parameters and of the gradients that are there, by tag."""
-    found = {f"parameters/{name}": histogram(p) for p, name in names.items()}
+    found = {f"parameters/{name}": histogram(readable(p)) for p, name in names.items()}
     return found | {
-        f"gradients/distribution/{name}": histogram(p.grad)
+        f"gradients/distribution/{name}": histogram(readable(p.grad))
         for p, name in names.items()
         if p.grad is not None
     }

@@ -8,7 +8,7 @@ from collections.abc import Container, Iterator
 from types import FrameType
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import optimizer
 
 _CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
 
@@ -28,12 +28,8 @@ def calls_on_stack(module: nn.Module) -> int:
 
 
 def steps_on_stack() -> bool:
-    """Whether an optimizer's step is running in this thread: the forward is its closure's."""
-    # Of no other frame: f_locals keeps a frame's objects alive as long as the frame lives.
-    return any(
-        frame.f_code.co_name == "step" and isinstance(frame.f_locals.get("self"), Optimizer)
-        for frame in frames()
-    )
+    """Whether an optimizer's step runs in this thread, or torch's hooks around it."""
+    return any(frame.f_globals is vars(optimizer) for frame in frames())
 
 
 def frames() -> Iterator[FrameType]:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from .sharded import local
+
 Cadence = int | Callable[[int], bool]
 
 
@@ -73,9 +75,9 @@ class Steps:
         """Whether a step of `optimizer` begins a round."""
         return not self.stepped or (optimizer or self) in self.stepped
 
-    def count(self, optimizer: Optimizer | None) -> None:
-        """Count a step of `optimizer`; None is one that `advance` tells of."""
-        if self.begins_round(optimizer):
+    def count(self, optimizer: Optimizer | None, begins: bool) -> None:
+        """Count a step of `optimizer`, which begins a round; None is one `advance` tells of."""
+        if begins:
             self.stepped.clear()
             self.rounds += 1
             self.number += 1
@@ -123,6 +125,9 @@ class Optimizers:
     def __init__(self) -> None:
         self._index: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._others: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._shared: weakref.WeakKeyDictionary[
+            Optimizer, weakref.WeakKeyDictionary[Optimizer, bool]
+        ] = weakref.WeakKeyDictionary()
 
     def __len__(self) -> int:
         return len(self._index)
@@ -133,16 +138,34 @@ class Optimizers:
         if index is not None or root is None or optimizer in self._others:
             return index
         own = {p for _, p in root.named_parameters()}  # GANs override parameters()
-        if not any(p in own for group in optimizer.param_groups for p in group["params"]):
+        if held(optimizer).isdisjoint(own):
             self._others.add(optimizer)
             return None
         taken = set(self._index.values())
         index = self._index[optimizer] = next(i for i in itertools.count() if i not in taken)
         return index
 
+    def others(self, optimizer: Optimizer | None) -> list[Optimizer]:
+        return [other for other in self._index if other is not optimizer]
+
+    def share(self, a: object, b: object) -> bool:
+        """Whether two optimizers hold a parameter in common: the one has replaced the other."""
+        if not (isinstance(a, Optimizer) and isinstance(b, Optimizer)):
+            return False
+        known = self._shared.setdefault(a, weakref.WeakKeyDictionary())
+        if b not in known:
+            known[b] = not held(a).isdisjoint(held(b))
+        return known[b]
+
     def recheck(self) -> None:
         """Look at the others again: their parameters may have become the model's."""
         self._others.clear()
+        self._shared.clear()
+
+
+def held(optimizer: Optimizer) -> set[Tensor]:
+    """The parameters of `optimizer`."""
+    return {p for group in optimizer.param_groups for p in group["params"]}
 
 
 class Probe:
@@ -150,9 +173,13 @@ class Probe:
 
     def __init__(self) -> None:
         self._last: tuple[list[int], Tensor] | None = None
+        self._moves = 0
 
     def moved(self, root: nn.Module) -> bool:
-        """Whether it changed since the last call. By its value: `p.data` keeps the version."""
+        """Whether it changed twice: once may be weights that were loaded.
+
+        By its value: `p.data` keeps the version.
+        """
         own = [
             p
             for _, p in root.named_parameters()
@@ -160,10 +187,8 @@ class Probe:
         ]
         if not own:
             return False
-        smallest = min(own, key=torch.numel).detach()
+        smallest = local(min(own, key=torch.numel).detach())
         before, self._last = self._last, ([id(p) for p in own], smallest.clone())
-        return (
-            before is not None
-            and before[0] == self._last[0]
-            and not torch.equal(before[1], smallest)
-        )
+        if before is not None and before[0] == self._last[0]:
+            self._moves += not torch.equal(before[1], smallest)
+        return self._moves > 1

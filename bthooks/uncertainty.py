@@ -3,6 +3,8 @@
 In: the output of a forward. Out: the uncertainties in it, by kind.
 """
 
+import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,8 +30,16 @@ def find_uncertainties(output: Any) -> dict[str, Tensor]:
     found = {}
     for kind, keys in KEYS.items():
         for key in keys:
-            value = output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)
+            value = output.get(key) if isinstance(output, Mapping) else _attribute(output, key)
             if isinstance(value, Tensor) and value.numel() and not value.is_complex():
                 found[kind] = value
                 break
     return found
+
+
+def _attribute(output: Any, name: str) -> Any:
+    """What `output` holds: a property is left alone, which may compute or draw random numbers."""
+    static = inspect.getattr_static(output, name, None)
+    if static is None or isinstance(static, property | functools.cached_property):
+        return None
+    return getattr(output, name, None)

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from .checks import readable
 from .gradients import norms, ratios
 from .hook import Hook
 from .names import parameter_names
@@ -22,7 +23,7 @@ from .readings import Readings, learning_rates, parameter_histograms
 from .report import Ledger
 from .scaling import find_scaler, scaling
 from .sharded import is_sharded, whole_norms
-from .steps import Due
+from .steps import Due, held
 
 
 class Updates:
@@ -99,7 +100,7 @@ class Updates:
         due: Due,
         readings: Readings,
         *,
-        first: bool,
+        others: Collection[Optimizer] | None,
         steps: int,
     ) -> None:
         """Read what the step of `optimizer` applied.
@@ -107,7 +108,7 @@ class Updates:
         Args:
             optimizer: None for one that is no torch.optim.Optimizer.
             index: its number among several.
-            first: of its round: it brings the parameters that no optimizer holds.
+            others: if it is the first of its round: it brings the parameters that none holds.
             steps: the steps done before.
         """
         if due.scalars and optimizer is not None:
@@ -119,13 +120,18 @@ class Updates:
             self._measure_norms(names, readings)
         if due.histograms and "histograms" in self._kinds:
             with self._guard("histograms"):
-                every = self.names(root, None) if first else names
+                every = names
+                if others is not None:
+                    taken = {p for other in others for p in held(other)}
+                    every = {p: n for p, n in self.names(root, None).items() if p not in taken}
                 if any(map(is_sharded, every)):
                     self._ledger.say(
                         "histograms", "parameters are sharded over ranks: one rank holds a part"
                     )
                     every = {p: name for p, name in every.items() if not is_sharded(p)}
-                readings.histograms |= parameter_histograms(every)
+                for parameter, name in every.items():
+                    with self._guard(f"histogram of {name}"):
+                        readings.histograms |= parameter_histograms({parameter: name})
                 self._ledger.captured("histograms", every.values())
 
     def _measure_norms(self, names: Mapping[nn.Parameter, str], readings: Readings) -> None:
@@ -140,8 +146,8 @@ class Updates:
             after = {name: p.detach() for p, name in names.items() if name in former}
             change = norms({name: p - former[name] for name, p in after.items()})
             size = norms({name: former[name] for name in after})
-        held = set(names.values())
-        unclipped = {name: norm for name, norm in self._unclipped.items() if name in held}
+        own = set(names.values())
+        unclipped = {name: norm for name, norm in self._unclipped.items() if name in own}
         # Whatever failed on this rank, and whatever it has: the others wait for it.
         parts = [applied, unclipped] if "gradients" in self._kinds else []
         parts += [change, size] if "updates" in self._kinds else []
@@ -184,12 +190,20 @@ class Updates:
         return False
 
     def _norms(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-        return norms({name: p.grad for p, name in names.items() if p.grad is not None})
+        gradients = {name: p.grad for p, name in names.items() if p.grad is not None}
+        try:
+            return norms({name: readable(gradient) for name, gradient in gradients.items()})
+        except Exception:  # of one: which?
+            found: dict[str, Tensor] = {}
+            for name, gradient in gradients.items():
+                with self._guard(f"gradient of {name}"):
+                    found |= norms({name: readable(gradient)})
+            return found
 
     def names(self, root: nn.Module, optimizer: Optimizer | None) -> dict[nn.Parameter, str]:
         """The selected parameters that `optimizer` holds; all selected ones for None."""
         names = {p: name for p, name in parameter_names(root).items() if self._selected(name)}
         if optimizer is None:
             return names
-        held = {p for group in optimizer.param_groups for p in group["params"]}
-        return {p: name for p, name in names.items() if p in held}
+        own = held(optimizer)
+        return {p: name for p, name in names.items() if p in own}

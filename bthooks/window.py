@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .attention import merge
 from .capture import AttentionMode, leave
+from .checks import readable
 from .histograms import Histogram, histogram
 from .hook import Hook
 from .names import module_names
@@ -54,6 +55,10 @@ class Window:
         if self._mode is not None:
             self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch's, not annotated
 
+    def is_alive(self) -> bool:
+        """Whether the thread that opened it still runs."""
+        return any(thread.ident == self.thread for thread in threading.enumerate())
+
     def close(self) -> None:
         """Take everything off again."""
         if self._mode is not None:
@@ -84,7 +89,7 @@ class Window:
         try:
             tensor = _first_tensor(output)
             if tensor is not None and path not in self.activations:
-                self.activations[path] = histogram(tensor)
+                self.activations[path] = histogram(readable(tensor))
         except Exception as error:
             self._ledger.failed(f"activations of {path}", error)
 

@@ -580,12 +580,121 @@ def test_attaching_again_replaces(tmp_path):
     train(model, sgd(model), 1)
     with pytest.warns(UserWarning, match="replaces the former"):
         second = attach(model, tmp_path / "run", every=1)
-    assert len(bthooks.handle.attachments(model)) == 1
+    assert len(bthooks.handle.attachments()) == 1
     other = attach(model, tmp_path / "other", every=1)
-    assert len(bthooks.handle.attachments(model)) == 2
+    assert len(bthooks.handle.attachments()) == 2
     second.detach()
     other.detach()
     first.detach()
+
+
+def test_two_models_on_one_writer_need_prefixes(tmp_path):
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    with bthooks.make_writer(tmp_path, "run") as writer, attach(first, writer):
+        with pytest.warns(UserWarning, match="points mix in the same tags"):
+            attach(second, writer).detach()
+        attach(second, writer, prefix="second").detach()
+
+
+@pytest.mark.parametrize("updates", [True, False])
+def test_detach_from_inside_a_step(updates, tmp_path):
+    """torch walks over its hooks then: nothing may be taken from them before it is done."""
+    model = nn.Linear(2, 2)
+    optimizer = sgd(model)
+    capture = ["gradients", "updates"] if updates else ["gradients"]
+    handles = []
+
+    def every(step):
+        if step == 2:
+            handles[0].detach()
+        return True
+
+    handles.append(attach(model, tmp_path / "a", every=every, capture=capture))
+    with attach(model, tmp_path / "b", every=1, on_error="raise"):
+        for _ in range(4):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+    # The cadence of step 2 was asked for before step 1 was measured.
+    assert [s for s, _ in read(tmp_path / "a").scalars["gradients/total_norm"]] == [0]
+    assert [s for s, _ in read(tmp_path / "b").scalars["gradients/total_norm"]] == [0, 1, 2, 3]
+    attach(model, None).detach()
+    assert traces(model) == ([], 0)
+
+
+def test_an_optimizer_that_replaces_one_that_lives_on(tmp_path):
+    model = nn.Linear(2, 2)
+    first, second = sgd(model, 0.1), torch.optim.Adam(model.parameters(), 0.2)
+    with attach(model, tmp_path, every=1, on_error="raise") as handle:
+        for optimizer in (first, first, second, second):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        assert handle.step == 4
+    points = read(tmp_path).scalars["gradients/total_norm"]
+    assert [step for step, _ in points] == [0, 1, 2, 3]
+
+
+def test_weights_that_are_loaded_before_training_are_no_step(tmp_path):
+    model = Transformer()
+    kept = {name: value + 1 for name, value in model.state_dict().items()}
+    with attach(model, tmp_path, every=1, on_error="raise"):
+        model(batch(0)[0])
+        model.load_state_dict(kept)
+        train(model, sgd(model), 2)
+    assert [s for s, _ in read(tmp_path).scalars["gradients/total_norm"]] == [0, 1]
+
+
+def test_a_property_of_the_output_is_left_alone(tmp_path):
+    class Output:
+        @property
+        def epistemic(self):
+            return torch.rand(3)
+
+        def __init__(self):
+            self.aleatoric = torch.ones(3)
+
+    model = nn.Linear(2, 2)
+    model.forward = lambda x: Output()
+    with attach(model, tmp_path, every=1):
+        state = torch.get_rng_state()
+        model(torch.ones(1, 2))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert read(tmp_path).group("uncertainty/", 0) == {"aleatoric": 1.0}
+
+
+def test_one_odd_tensor_does_not_lose_the_others(tmp_path):
+    model = nn.ModuleDict({"good": nn.Linear(2, 2), "odd": nn.Linear(2, 2, device="meta")})
+    model.forward = lambda x: model["good"](x)
+    optimizer = sgd(model["good"])
+    model["odd"].weight.grad = torch.empty(2, 2, device="meta")
+    optimizer.add_param_group({"params": [model["odd"].bias]})
+    model["odd"].bias.grad = torch.empty(2, device="meta")
+    handle = attach(model, tmp_path, every=1)
+    model(torch.ones(1, 2)).sum().backward()
+    with pytest.warns(RuntimeWarning, match="not measured, ValueError: a tensor on the meta") as w:
+        optimizer.step()
+    handle.detach()
+    assert {"gradient of odd.bias", "histogram of odd.weight"} <= handle.report().missed.keys()
+    assert len({str(warning.message) for warning in w}) == len(w)
+    run = read(tmp_path)
+    assert run.group("gradients/norm/", 0).keys() == {"good.weight", "good.bias"}
+    assert "parameters/good.weight" in run.histograms
+
+
+def test_stale_gradients_of_another_optimizer_are_not_drawn(tmp_path):
+    model = nn.ModuleDict({"d": nn.Linear(2, 2), "g": nn.Linear(2, 2)})
+    model.forward = lambda x: model["g"](model["d"](x))
+    d, g = sgd(model["d"]), sgd(model["g"])
+    with attach(model, tmp_path, every=1, histograms_every=1, on_error="raise"):
+        for step in range(4):  # the second player steps in every other round
+            for optimizer in (d, g) if step % 2 == 0 else (d,):
+                model(torch.ones(1, 2)).sum().backward()
+                optimizer.step()
+    run = read(tmp_path)
+    drawn = {name: run.histograms[f"gradients/distribution/{name}.weight"] for name in "dg"}
+    assert {name: [p[0] for p in points] for name, points in drawn.items()} == {
+        "d": [0, 1, 2, 3],
+        "g": [0, 2],
+    }
 
 
 def test_flush_in_the_middle_of_a_step_gives_no_double_point(tmp_path):

@@ -99,6 +99,7 @@ def test_imports_point_down(name):
             "functools",
             "re",
             "contextlib",
+            "inspect",
         }
         assert ours <= PURE
 

@@ -322,6 +322,8 @@ class Handle:
         if begins:
             self._end_round()
         steps.count(optimizer, begins)
+        if not self._handles:  # the cadence, which is the user's, has detached
+            return
         if begins and any(steps.due):
             self._round = Batch(steps.number - 1, steps.due)
             self._outbox.add(self._round)

@@ -7,12 +7,10 @@ in eval mode stand apart, under `val/`.
 """
 
 import atexit
-import contextlib
+import functools
 import os
-import sys
-import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +25,13 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from .forwards import Forwards
 from .hook import Hook
 from .names import module_names, parameter_names
 from .outbox import Batch, Outbox
-from .readings import Readings, uncertainties
 from .report import Ledger, Report, reasons, unattended
-from .stack import calls_on_stack, steps_on_stack
-from .steps import Cadence, Due, Optimizers, Probe, Steps
-from .uncertainty import find_uncertainties
+from .stack import steps_on_stack
+from .steps import Cadence, Optimizers, Probe, Steps
 from .updates import Updates
 from .window import Window, is_compiled
 from .writers import is_main_rank, open_writer
@@ -69,25 +66,13 @@ class Handle:
         self._root = weakref.ref(model)
         self._kinds = KINDS if capture is None else capture
         self._asked = capture is not None
-        self._selected, self._globs, self._rows = selected, globs, rows
+        self._selected, self._globs = selected, globs
         self._ledger = Ledger(strict)
-        self._lock = threading.RLock()
         self._process = os.getpid()
         self._steps = Steps(step, cadences, self._ledger.failed)
         self._optimizers = Optimizers()
 
-        self._pool = Readings()  # of the training forwards since the last optimizer step
         self._round: Batch | None = None  # the round that has begun, if it is logged
-        self._updates = Updates(selected, self._kinds, self._guard, self._ledger)
-        self._probe = Probe()
-
-        self._watch = any(self._steps.due_next)  # whether the next training forward is observed
-        self._calls = 0
-        self._window: Window | None = None
-        self._observed: Batch | None = None  # what the window's readings go to
-        self._depth = 0  # calls of the root inside its own forward
-        self._handled: BaseException | None = None
-        self._last_handle: RemovableHandle | None = None
         self._inert: list[RemovableHandle] = []  # left behind by a detach inside a step
 
         self._opened = isinstance(target, Path) and is_main_rank()
@@ -95,11 +80,22 @@ class Handle:
         if self._opened:
             self.writer = open_writer(target, backend)
         self._outbox = Outbox(self.writer, prefix, self._ledger)
+        self._updates = Updates(selected, self._kinds, self._ledger)
+        self._forwards = Forwards(
+            self._root,
+            functools.partial(Window, selected=selected, rows=rows, ledger=self._ledger),
+            self._kinds,
+            self._steps,
+            self._optimizers,
+            self._updates,
+            self._outbox,
+            self._ledger,
+        )
         # Exit handlers run in reverse order: this one before that of a writer opened earlier.
         atexit.register(self.detach)
         self._finalizer = weakref.finalize(model, self.detach)
         self._finalizer.atexit = False
-        before, after = Hook(self, self._before_forward), Hook(self, self._after_forward)
+        before, after = Hook(self, self._forwards.before), Hook(self, self._forwards.after)
         if isinstance(model, nn.TransformerEncoderLayer):
             # A hook of its own switches its C++ fast path off, one on all modules does not.
             self._handles = [
@@ -115,7 +111,7 @@ class Handle:
         if "updates" in self._kinds:
             self._handles.append(register_optimizer_step_pre_hook(self._before_optimizer))
         if self._steps.due_next.scalars:
-            self._watch_gradients(model)
+            self._updates.watch(model)
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether this is an attachment to `model`."""
@@ -133,7 +129,7 @@ class Handle:
 
     def flush(self) -> None:
         """Write to the disk what was measured so far, also of a step that is not over."""
-        steps, self._pool, pool = self._steps, Readings(), self._pool
+        steps, pool = self._steps, self._forwards.take()
         if any(steps.due_next) or self._round is None:
             self._outbox.add(Batch(steps.number, steps.due_next, readings=pool))
         else:
@@ -161,7 +157,7 @@ class Handle:
             )
         self._steps.load_state_dict(state)
         self._outbox.skips.count = state["skipped"]
-        self._round, self._watch = None, any(self._steps.due_next)
+        self._round, self._forwards.watch = None, any(self._steps.due_next)
 
     def detach(self) -> None:
         """Write what was measured, and take everything off the model, the optimizers and torch.
@@ -173,8 +169,8 @@ class Handle:
         handles, self._handles = self._handles, []
         if os.getpid() != self._process:  # a forked child has the hooks, and no writer's thread
             return
-        if self._window is not None and self._window.thread != threading.get_ident():
-            self._last_handle = handles.pop(1)  # that thread's forward ends with this hook
+        if self._forwards.is_elsewhere():
+            self._forwards.last_handle = handles.pop(1)  # that forward ends with this hook
         # torch walks over its optimizer hooks right now, which must stay as many until it is done.
         kept = handles[2:] if steps_on_stack() else []
         for handle in handles[: len(handles) - len(kept)]:
@@ -183,12 +179,12 @@ class Handle:
         self._updates.unwatch()
         self._finalizer.detach()
         atexit.unregister(self.detach)
-        self._close_window()
+        self._forwards.close()
         self.flush()
         self._say_absent()
         self._round = None
         if self._opened:
-            with self._guard("close of the writer"):
+            with self._ledger.guard("close of the writer"):
                 self.writer.close()
 
     def sweep(self) -> None:
@@ -204,98 +200,8 @@ class Handle:
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
-    def _before_forward(self, root: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or root is not self._root():
-            return
-        self._calls += 1
-        window, steps = self._window, self._steps
-        if window is not None and window.thread == threading.get_ident():
-            if calls_on_stack(root) > 1:
-                self._depth += 1
-                return
-            self._close_window()  # KeyboardInterrupt skips the hook that closes it
-        training = root.training and (steps.rounds > 0 or torch.is_grad_enabled())
-        if not (self._watch if training else steps.rounds == 0 or not steps.evaluated):
-            return
-        with self._guard("forward"):
-            if not training:
-                number = steps.eval_number()
-                due = Due(True, steps.due.histograms) if steps.rounds else steps.due_at(number)
-                self._open_window(root, Batch(number, due, "val"))
-            elif not self._moved_unseen(root):
-                due = Due(
-                    *(now or then for now, then in zip(steps.due, steps.due_next, strict=True))
-                )
-                self._open_window(root, Batch(steps.number, due))
-                if due.scalars:
-                    self._watch_gradients(root)
-
-    def _open_window(self, root: nn.Module, batch: Batch) -> None:
-        if self._window is not None and self._window.is_alive():
-            return  # another thread's
-        self._optimizers.recheck()
-        kinds = set(self._kinds)
-        kinds -= set() if batch.due.scalars else {"attention"}
-        kinds -= set() if batch.due.histograms else {"activations"}
-        self._handled, self._depth, self._observed = sys.exc_info()[1], 0, batch
-        self._window = Window(root, self._selected, kinds, self._rows, self._ledger)
-
-    def _after_forward(self, root: nn.Module, args: Any, output: Any) -> None:
-        window, batch = self._window, self._observed
-        if window is None or batch is None or torch.compiler.is_compiling():
-            return
-        if root is not self._root() or window.thread != threading.get_ident():
-            return
-        if self._depth:
-            self._depth -= 1
-            return
-        with self._guard("forward"):
-            handled = self._handled
-            self._close_window()
-            if self._last_handle is not None:
-                self._last_handle.remove()
-            elif sys.exc_info()[1] is handled:  # else it raised: not a whole forward
-                self._keep(window, batch, output)
-
-    def _keep(self, window: Window, batch: Batch, output: Any) -> None:
-        readings = batch.readings
-        readings.attention = window.maps()
-        readings.histograms = {f"activations/{p}": h for p, h in window.activations.items()}
-        self._ledger.captured("attention", readings.attention)
-        self._ledger.captured("activations", window.activations)
-        if "uncertainty" in self._kinds and batch.due.scalars:
-            with self._guard("uncertainty"):
-                found = find_uncertainties(output)
-                readings.merge(uncertainties(found, distributions=batch.due.histograms))
-                self._ledger.captured("uncertainty", found)
-        if batch.prefix:
-            if not self._steps.rounds:
-                self._outbox.send()
-            batch.number = self._steps.count_eval()
-            self._outbox.add(batch)
-        else:
-            self._pool.merge(readings)
-
-    def _close_window(self) -> None:
-        if self._window is not None and self._window.thread == threading.get_ident():
-            self._window.close()
-            self._window = self._handled = None
-
-    def _moved_unseen(self, root: nn.Module) -> bool:
-        """Whether the parameters change although no optimizer step has been seen: said once."""
-        # LBFGS moves them too, between the calls of its closure.
-        if self._steps.rounds or not self._probe.moved(root) or steps_on_stack():
-            return False
-        self._ledger.say(
-            "optimizer",
-            "the parameters change, but no torch.optim.Optimizer that holds them has stepped: "
-            "call handle.advance() after each step",
-        )
-        self._watch = False
-        return True
-
     def _index(self, optimizer: Optimizer) -> int | None:
-        with self._guard("parameters of the optimizer"):
+        with self._ledger.guard("parameters of the optimizer"):
             return self._optimizers.index(optimizer, self._root())
         return None
 
@@ -329,9 +235,9 @@ class Handle:
             self._outbox.add(self._round)
         root = self._root()
         if self._round is not None and root is not None:
-            with self._guard("optimizer step"):
+            with self._ledger.guard("optimizer step"):
                 readings = self._round.readings
-                readings.merge(self._pool)
+                readings.merge(self._forwards.pool)
                 others = self._optimizers.others(optimizer)
                 self._updates.measure(
                     root,
@@ -342,15 +248,15 @@ class Handle:
                     others=others if len(steps.stepped) == 1 else None,
                     steps=steps.rounds - 1,
                 )
-        if self._watch:
-            self._pool = Readings()
+        if self._forwards.watch:
+            self._forwards.take()
         # Another optimizer may step in this round: what it is given belongs to it too.
         more = self._round is not None and len(steps.stepped) < len(self._optimizers)
-        self._watch = any(steps.due_next) or more
+        self._forwards.watch = any(steps.due_next) or more
         # In the first round the others are not known yet.
         watched = steps.due_next.scalars or (steps.due.scalars and (more or steps.rounds == 1))
         if watched and root is not None:
-            self._watch_gradients(root)
+            self._updates.watch(root)
         else:
             self._updates.unwatch()
 
@@ -360,24 +266,13 @@ class Handle:
             self._optimizers.share(optimizer, other) for other in stepped
         )
 
-    def _watch_gradients(self, root: nn.Module) -> None:
-        with self._guard("gradients before clipping"):
-            self._updates.watch(root)
-
     def _end_round(self) -> None:
-        self._close_window()
+        self._forwards.close()
         if self._steps.rounds == 1:
             self._say_absent()
         self._outbox.send()
-        self._round, self._probe = None, Probe()
-
-    @contextlib.contextmanager
-    def _guard(self, site: str) -> Iterator[None]:
-        with self._lock:  # several threads may run one model
-            try:
-                yield
-            except Exception as error:
-                self._ledger.failed(site, error)
+        self._round = None
+        self._forwards.probe = Probe()
 
     def _say_absent(self) -> None:
         """Warn of what was asked for by name and not seen, and of a forward that never ran."""
@@ -386,11 +281,16 @@ class Handle:
             self._ledger.say(kind, why)
         root = self._root()
         if root is not None:
-            with self._guard("include"):
+            with self._ledger.guard("include"):
                 names = {*parameter_names(root).values(), *module_names(root).values()}
                 if not any(map(self._selected, names)):
                     self._ledger.say("include", "it selects no module path and no parameter name")
-        if self._steps.rounds and not self._calls and "attention" in unseen and not self._asked:
+        if (
+            self._steps.rounds
+            and not self._forwards.calls
+            and "attention" in unseen
+            and not self._asked
+        ):
             self._ledger.say("attention", unseen["attention"])
 
     def _unseen(self) -> dict[str, str]:
@@ -398,7 +298,7 @@ class Handle:
         root = self._root()
         paths = {} if root is None else module_names(root)
         why = reasons(
-            called=self._calls > 0,
+            called=self._forwards.calls > 0,
             stepped=self._steps.rounds > 0,
             compiled=[path for module, path in paths.items() if is_compiled(module)],
         )

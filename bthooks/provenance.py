@@ -10,39 +10,19 @@ parameters (Bayesian layers, adapters, weight norms), or the softmax enters no p
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _pop_mode, _push_mode
 
 from .attention import sums_of_scores
-
-# By name, the place of the first factor. matmul, linear and others: under inference_mode.
-_PRODUCTS = {
-    **{"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "matmul": 0, "linear": 0},
-    **{"addmm": 1, "baddbmm": 1, "addbmm": 1},
-    **{"_cdist_forward": 0, "_euclidean_dist": 0, "cdist": 0},
-}
-_CONVOLUTIONS = {"convolution", "conv1d", "conv2d", "conv3d"}
-_SOFTMAX = {"_softmax", "_safe_softmax", "softmax"}
-_LOG_SOFTMAX = {"_log_softmax", "log_softmax"}
-_FILLING = {"normal_", "uniform_", "bernoulli_", "exponential_", "zero_", "fill_"}
-# Beside what torch tags as pointwise. Views need no entry: they share the storage, by which marks
-# are kept.
-_KEEPING = {
-    *("masked_fill", "_to_copy", "to", "type_as", "copy", "contiguous", "_unsafe_view", "reshape"),
-    *("flatten", "where", "multiply", "subtract", "divide", "tril", "triu", "dropout"),
-    *("native_dropout", "bernoulli", "cat", "stack", "constant_pad_nd", "pad", "repeat", "roll"),
-    *("flip", "repeat_interleave", "index", "index_select", "index_put", "gather", "scatter"),
-    *("take_along_dim", "masked_scatter", "slice_scatter", "select_scatter"),
-}
+from .operators import CONVOLUTIONS, FILLING, LOG_SOFTMAX, PRODUCTS, SOFTMAX, Role
+from .operators import role as role_of
 
 
 @dataclass(frozen=True)
@@ -88,14 +68,6 @@ class _Norm:
 _Mark = _Parameter | _Constant | _Scores | _Weights | _Norm
 
 
-class _Role(NamedTuple):
-    """What an operator is called, whether it keeps scores what they are, whether it overwrites."""
-
-    name: str
-    keeps: bool
-    mutates: bool
-
-
 @contextlib.contextmanager
 def without_modes() -> Iterator[None]:
     """No dispatch mode sees what runs inside: a FLOP counter counts the model and none of ours."""
@@ -135,17 +107,17 @@ class Provenance:
 
     def follow(self, func: Any, args: tuple[Any, ...], output: Any) -> None:
         """Take note of the operator `func` that was called with `args`."""
-        role = _role(func)
+        role = role_of(func)
         name = role.name
-        if name in _PRODUCTS:
-            at = _PRODUCTS[name]
+        if name in PRODUCTS:
+            at = PRODUCTS[name]
             self._product(args[at], args[at + 1], output)
-        elif name in _CONVOLUTIONS:
+        elif name in CONVOLUTIONS:
             mark, shape = self._of(args[0]), args[0].shape
             if isinstance(mark, _Scores | _Weights) and shape[-1] == mark.width:
                 self._mark(output, mark)  # over the heads, as images have channels
-        elif name in _SOFTMAX | _LOG_SOFTMAX:
-            self._softmax(args[0], args[1], output, logarithm=name in _LOG_SOFTMAX)
+        elif name in SOFTMAX | LOG_SOFTMAX:
+            self._softmax(args[0], args[1], output, logarithm=name in LOG_SOFTMAX)
         elif name in ("exp", "exp_") and isinstance(mark := self._of(args[0]), _Scores):
             self._exp(args[0] if name == "exp" else output.log(), mark, output)
         elif name in ("logsumexp", "sum") and self._is_norm(name, args):
@@ -216,7 +188,7 @@ class Provenance:
             keys = slice(width, None) if at else slice(0, width)
             self._mark(output, replace(scores[0], keys=keys))
 
-    def _carry(self, role: _Role, args: tuple[Any, ...], output: Any) -> None:
+    def _carry(self, role: Role, args: tuple[Any, ...], output: Any) -> None:
         tensors = [a for a in args if isinstance(a, Tensor)]
         tensors += [
             t for a in args if isinstance(a, list | tuple) for t in a if isinstance(t, Tensor)
@@ -245,13 +217,13 @@ class Provenance:
 
     def _settle(
         self,
-        role: _Role,
+        role: Role,
         tensors: Sequence[Tensor],
         marks: Sequence[_Mark | None],
         outputs: Sequence[Tensor],
     ) -> None:
         """Mark what is made of parameters and constants alone, by whatever operator."""
-        filled = role.name in _FILLING
+        filled = role.name in FILLING
         known = filled or all(
             isinstance(mark, _Parameter | _Constant) or tensor.numel() == 1
             for tensor, mark in zip(tensors, marks, strict=True)
@@ -290,15 +262,6 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
         return tensor.untyped_storage()
     except RuntimeError:  # a sparse tensor has none
         return None
-
-
-@functools.cache
-def _role(func: Any) -> _Role:
-    if not isinstance(func, OpOverload) or func.namespace != "aten":
-        return _Role("", False, False)
-    name = func._schema.name.removeprefix("aten::")
-    keeps = torch.Tag.pointwise in func.tags or name.rstrip("_") in _KEEPING
-    return _Role(name, keeps, func._schema.is_mutable)
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

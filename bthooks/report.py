@@ -2,8 +2,9 @@
 
 import contextlib
 import fnmatch
+import threading
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from .uncertainty import KEYS
@@ -33,6 +34,7 @@ class Ledger:
 
     def __init__(self, strict: bool) -> None:
         self._strict = strict
+        self._lock = threading.RLock()
         self._captured: dict[str, dict[str, None]] = {}
         self._said: dict[str, str] = {}
 
@@ -57,6 +59,15 @@ class Ledger:
         if self._strict:
             raise error
         self.say(site, f"not measured, {type(error).__name__}: {error}")
+
+    @contextlib.contextmanager
+    def guard(self, site: str) -> Iterator[None]:
+        """Keep what fails inside from the training step: it is said, once."""
+        with self._lock:  # several threads may run one model
+            try:
+                yield
+            except Exception as error:
+                self.failed(site, error)
 
     def report(self, unseen: Mapping[str, str]) -> Report:
         """The report, with the reasons why kinds have not been seen so far."""

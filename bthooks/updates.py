@@ -3,7 +3,6 @@
 In: the end of each backward pass, and the steps of the optimizers. Out: `Readings` of a number.
 """
 
-import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Collection, Mapping
@@ -32,17 +31,16 @@ class Updates:
     Args:
         selected: which parameter names are wanted.
         kinds: which of gradients, learning_rate, histograms and updates are.
-        guard: a context that keeps what fails inside from the training step.
+        ledger: told what could not be measured.
     """
 
     def __init__(
         self,
         selected: Callable[[str], bool],
         kinds: Collection[str],
-        guard: Callable[[str], contextlib.AbstractContextManager[None]],
         ledger: Ledger,
     ) -> None:
-        self._selected, self._kinds, self._guard, self._ledger = selected, kinds, guard, ledger
+        self._selected, self._kinds, self._ledger = selected, kinds, ledger
         self._watched: list[RemovableHandle] = []
         self._ids: list[int] = []  # of the parameters that are watched
         self._backward: int | None = None  # the pass whose end is waited for
@@ -51,17 +49,18 @@ class Updates:
 
     def watch(self, root: nn.Module) -> None:
         """Measure the gradients at the end of each backward pass, until `unwatch`."""
-        if "gradients" not in self._kinds or self._is_flattened(root):
-            return
-        parameters = [
-            p for p in parameter_names(root) if p.requires_grad and p.is_leaf and not is_lazy(p)
-        ]
-        if self._ids == (ids := [id(p) for p in parameters]):
-            return
-        self.unwatch()
-        self._ids = ids
-        hook = Hook(self, functools.partial(self._accumulated, weakref.ref(root)))
-        self._watched = [p.register_post_accumulate_grad_hook(hook) for p in parameters]
+        with self._ledger.guard("gradients before clipping"):
+            if "gradients" not in self._kinds or self._is_flattened(root):
+                return
+            parameters = [
+                p for p in parameter_names(root) if p.requires_grad and p.is_leaf and not is_lazy(p)
+            ]
+            if self._ids == (ids := [id(p) for p in parameters]):
+                return
+            self.unwatch()
+            self._ids = ids
+            hook = Hook(self, functools.partial(self._accumulated, weakref.ref(root)))
+            self._watched = [p.register_post_accumulate_grad_hook(hook) for p in parameters]
 
     def unwatch(self) -> None:
         """Take off what `watch` put on, and forget what it measured."""
@@ -83,12 +82,12 @@ class Updates:
         self._backward = None
         model = root()
         if model is not None and self._watched:
-            with self._guard("gradients before clipping"):
+            with self._ledger.guard("gradients before clipping"):
                 self._unclipped = self._norms(self.names(model, None))
 
     def remember(self, root: nn.Module, optimizer: Optimizer) -> None:
         """Keep the parameters as they are before the step of `optimizer`."""
-        with self._guard("update ratios"):
+        with self._ledger.guard("update ratios"):
             names = self.names(root, optimizer)
             self._former = {name: p.detach().clone() for p, name in names.items()}
 
@@ -119,7 +118,7 @@ class Updates:
         if due.scalars:
             self._measure_norms(names, readings)
         if due.histograms and "histograms" in self._kinds:
-            with self._guard("histograms"):
+            with self._ledger.guard("histograms"):
                 every = names
                 if others is not None:
                     taken = {p for other in others for p in held(other)}
@@ -130,7 +129,7 @@ class Updates:
                     )
                     every = {p: name for p, name in every.items() if not is_sharded(p)}
                 for parameter, name in every.items():
-                    with self._guard(f"histogram of {name}"):
+                    with self._ledger.guard(f"histogram of {name}"):
                         readings.histograms |= parameter_histograms({parameter: name})
                 self._ledger.captured("histograms", every.values())
 
@@ -140,9 +139,9 @@ class Updates:
         change: dict[str, Tensor] = {}
         size: dict[str, Tensor] = {}
         if "gradients" in self._kinds:
-            with self._guard("gradients"):
+            with self._ledger.guard("gradients"):
                 applied = self._norms(names)
-        with self._guard("update ratios"):
+        with self._ledger.guard("update ratios"):
             after = {name: p.detach() for p, name in names.items() if name in former}
             change = norms({name: p - former[name] for name, p in after.items()})
             size = norms({name: former[name] for name in after})
@@ -151,7 +150,7 @@ class Updates:
         # Whatever failed on this rank, and whatever it has: the others wait for it.
         parts = [applied, unclipped] if "gradients" in self._kinds else []
         parts += [change, size] if "updates" in self._kinds else []
-        with self._guard("norms"):
+        with self._ledger.guard("norms"):
             wholes = whole_norms({name: p for p, name in names.items()}, parts)
             if "gradients" in self._kinds:
                 readings.norms |= wholes[0]
@@ -166,11 +165,11 @@ class Updates:
         self, optimizer: Optimizer, index: int, readings: Readings, steps: int
     ) -> None:
         if "learning_rate" in self._kinds:
-            with self._guard("learning rate"):
+            with self._ledger.guard("learning rate"):
                 rates = learning_rates(optimizer, index)
                 readings.scalars |= rates
                 self._ledger.captured("learning_rate", rates)
-        with self._guard("loss scale"):
+        with self._ledger.guard("loss scale"):
             scaler = find_scaler()
             if scaler is not None:
                 readings.scaling = scaling(scaler, optimizer, steps)
@@ -196,7 +195,7 @@ class Updates:
         except Exception:  # of one: which?
             found: dict[str, Tensor] = {}
             for name, gradient in gradients.items():
-                with self._guard(f"gradient of {name}"):
+                with self._ledger.guard(f"gradient of {name}"):
                     found |= norms({name: readable(gradient)})
             return found
 

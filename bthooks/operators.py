@@ -1,0 +1,49 @@
+"""Operators: what they are to attention scores, by their names and tags.
+
+By name and not by overload: `add` is `add_`, and under inference_mode `matmul` and `linear` come
+whole, as many others do.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch._ops import OpOverload
+
+# By name, the place of the first factor.
+PRODUCTS = {
+    **{"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "matmul": 0, "linear": 0},
+    **{"addmm": 1, "baddbmm": 1, "addbmm": 1},
+    **{"_cdist_forward": 0, "_euclidean_dist": 0, "cdist": 0},
+}
+CONVOLUTIONS = {"convolution", "conv1d", "conv2d", "conv3d"}
+SOFTMAX = {"_softmax", "_safe_softmax", "softmax"}
+LOG_SOFTMAX = {"_log_softmax", "log_softmax"}
+FILLING = {"normal_", "uniform_", "bernoulli_", "exponential_", "zero_", "fill_"}
+# Beside what torch tags as pointwise. Views need no entry: they share the storage, by which marks
+# are kept.
+_KEEPING = {
+    *("masked_fill", "_to_copy", "to", "type_as", "copy", "contiguous", "_unsafe_view", "reshape"),
+    *("flatten", "where", "multiply", "subtract", "divide", "tril", "triu", "dropout"),
+    *("native_dropout", "bernoulli", "cat", "stack", "constant_pad_nd", "pad", "repeat", "roll"),
+    *("flip", "repeat_interleave", "index", "index_select", "index_put", "gather", "scatter"),
+    *("take_along_dim", "masked_scatter", "slice_scatter", "select_scatter"),
+}
+
+
+class Role(NamedTuple):
+    """What an operator is called, whether it keeps scores what they are, whether it overwrites."""
+
+    name: str
+    keeps: bool
+    mutates: bool
+
+
+@functools.cache
+def role(func: Any) -> Role:
+    """The role of `func`; nameless where it is none of torch's own."""
+    if not isinstance(func, OpOverload) or func.namespace != "aten":
+        return Role("", False, False)
+    name = func._schema.name.removeprefix("aten::")
+    keeps = torch.Tag.pointwise in func.tags or name.rstrip("_") in _KEEPING
+    return Role(name, keeps, func._schema.is_mutable)

@@ -23,13 +23,6 @@ def checked_step(step: int) -> int:
     return number
 
 
-def readable(tensor: Tensor) -> Tensor:
-    """`tensor`, if it has values."""
-    if tensor.is_meta:
-        raise ValueError("a tensor on the meta device has no values")
-    return tensor
-
-
 def checked_model(where: str, model: nn.Module) -> nn.Module:
     """`model`, if it is one."""
     if not isinstance(model, nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .names import parameter_names
-from .sharded import local, whole_norms
+from .sharded import local, readable, whole_norms
 
 _LARGE, _ROW = 1 << 16, 1024
 
@@ -38,7 +38,7 @@ def norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The L2 norm of each tensor's part on this rank, as 0-d float32 tensors on their devices."""
     groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        values = _first_stage(_real(local(tensor.detach())))
+        values = _first_stage(_real(readable(local(tensor.detach()))))
         groups.setdefault((values.device, values.dtype), {})[name] = values
     found: dict[str, Tensor] = {}
     for (_, dtype), group in groups.items():

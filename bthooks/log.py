@@ -25,6 +25,7 @@ from .gradients import gradient_norms
 from .histograms import histogram
 from .names import parameter_names, tag
 from .readings import Readings, compose, learning_rates, parameter_histograms, uncertainties
+from .sharded import is_sharded
 from .writers import Event, Writer, prefixed, write, write_hparams
 
 
@@ -79,15 +80,20 @@ def log_gradients(writer: Writer | None, model: nn.Module, step: int, *, prefix:
     | `gradients/layer_mean/<module>` | mean of the norms of the module's own parameters |
     | `gradients/total_norm` | L2 norm over all |
 
-    Without any gradient nothing is written, with a warning.
+    Without any gradient nothing is written, with a warning. Where parameters are DTensors every
+    rank must call this.
 
     >>> model = nn.Linear(2, 2)
     >>> model(torch.ones(1, 2)).sum().backward()
     >>> log_gradients(writer, model, step=0)
     """
+    if writer is None and not (
+        isinstance(model, nn.Module) and any(map(is_sharded, model.parameters()))
+    ):
+        return
+    norms = gradient_norms(checked_model("log_gradients", model))  # every rank's, if sharded
     if writer is None:
         return
-    norms = gradient_norms(checked_model("log_gradients", model))
     if not norms:
         warnings.warn(
             "bthooks.log_gradients: no parameter has a gradient, nothing is written; call it "

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import attention, gradients
-from .checks import readable
 from .histograms import Histogram, histogram
 from .images import heat_map
 from .names import distinct
 from .scaling import Scaling, Skips
+from .sharded import readable
 from .writers import Event, to_host
 
 _SAMPLES = 1 << 20

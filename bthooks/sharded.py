@@ -22,6 +22,15 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def readable(tensor: Tensor) -> Tensor:
+    """`tensor`, if all its values are here."""
+    if tensor.is_meta:
+        raise ValueError("a tensor on the meta device has no values")
+    if is_sharded(tensor):
+        raise ValueError("of a DTensor one rank holds a part; give its full_tensor()")
+    return tensor
+
+
 @torch.no_grad()
 def whole_norms(
     parameters: Mapping[str, Any], parts: Sequence[Mapping[str, Tensor]]

@@ -14,7 +14,6 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .checks import readable
 from .gradients import norms, ratios
 from .hook import Hook
 from .names import parameter_names
@@ -191,12 +190,12 @@ class Updates:
     def _norms(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
         gradients = {name: p.grad for p, name in names.items() if p.grad is not None}
         try:
-            return norms({name: readable(gradient) for name, gradient in gradients.items()})
+            return norms(gradients)
         except Exception:  # of one: which?
             found: dict[str, Tensor] = {}
             for name, gradient in gradients.items():
                 with self._ledger.guard(f"gradient of {name}"):
-                    found |= norms({name: readable(gradient)})
+                    found |= norms({name: gradient})
             return found
 
     def names(self, root: nn.Module, optimizer: Optimizer | None) -> dict[nn.Parameter, str]:

@@ -13,11 +13,11 @@ from torch.utils.hooks import RemovableHandle
 
 from .attention import merge
 from .capture import AttentionMode, leave
-from .checks import readable
 from .histograms import Histogram, histogram
 from .hook import Hook
 from .names import module_names
 from .report import Ledger
+from .sharded import readable
 
 
 class Window:

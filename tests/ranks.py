@@ -153,6 +153,17 @@ def main(directory):
     train(sharded(mesh), directory / "fsdp in parts", ranks=2, parts=PARTS, sync=shard_back)
     shard_after_attach(mesh, directory / "fsdp after")
     train(tensor_parallel(mesh), directory / "tensor parallel", clip=None)
+    model = sharded(mesh)
+    model(batch(0)[0])["logits"].sum().backward()
+    writer = bthooks.make_writer(directory, "by hand")
+    bthooks.log_gradients(writer, model, step=0)
+    if writer is not None:
+        writer.close()
+    said["by hand"] = {
+        name: p.grad.full_tensor().norm().item()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
     said["uneven"] = uneven(mesh, directory / "uneven")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -76,3 +76,9 @@ def test_flattened_parameters_are_said_and_not_measured(ran):
     assert run.scalars["learning_rate/0"]
     assert not [tag for tag in run.scalars if tag.startswith("gradients/")]
     assert not [tag for tag in run.histograms if tag.startswith("parameters/")]
+
+
+def test_log_gradients_on_every_rank(ran):
+    said = json.loads((ran / "said.json").read_text())
+    found = read(ran / "by hand").group("gradients/norm/", 0)
+    assert found == pytest.approx(said["by hand"], rel=1e-5)

@@ -1,0 +1,204 @@
+"""Whatever a model is and returns, a training step goes on: no exception, one warning per site."""
+
+import contextlib
+import dataclasses
+import enum
+import traceback
+import warnings
+from collections import namedtuple
+from types import SimpleNamespace
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+import bthooks
+from bthooks import attach
+
+from .conftest import read
+
+EVERYTHING = (*bthooks.handle.KINDS, *bthooks.handle.ON_REQUEST)
+FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64]
+WHOLES = [torch.int8, torch.bool, torch.int64, torch.uint8]
+NUMBERS = [0.0, 1.0, -2.5, 1e-30, 1e30, float("nan"), float("inf"), -float("inf")]
+KEYS = ["epistemic", "aleatoric_uncertainty", "uncertainty", "logits", 3]
+SHAPES = [(), (0,), (3,), (2, 3), (2, 0, 3), (4, 1, 1, 2)]
+
+
+@st.composite
+def tensors(draw, dtypes=(*FLOATS, *WHOLES)):
+    dtype, shape = draw(st.sampled_from(dtypes)), draw(st.sampled_from(SHAPES))
+    tensor = torch.full(shape, draw(st.sampled_from(NUMBERS)), dtype=torch.float64)
+    tensor = tensor.nan_to_num().clamp(-100, 100) if dtype in WHOLES else tensor
+    return tensor.to(dtype)
+
+
+@st.composite
+def odd_tensors(draw):
+    tensor = draw(tensors())
+    kind = draw(st.sampled_from(["dense", "sparse", "nested", "meta", "strided", "expanded"]))
+    if kind == "sparse" and tensor.dim():
+        return tensor.to_sparse()
+    if kind == "nested" and tensor.dim() and tensor.dtype in FLOATS[:2]:
+        return torch.nested.nested_tensor([tensor, tensor])
+    if kind == "meta":
+        return tensor.to("meta")
+    if kind == "strided" and tensor.dim() == 2:
+        return tensor.t()
+    return tensor.expand(2, *tensor.shape) if kind == "expanded" else tensor
+
+
+@dataclasses.dataclass
+class Output:
+    epistemic: object
+    extra: object = None
+
+
+Pair = namedtuple("Pair", "uncertainty other")
+
+
+class Raises:
+    def __getattr__(self, name):
+        raise (RuntimeError if name in KEYS else AttributeError)(name)
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+OUTPUTS = st.recursive(
+    odd_tensors() | st.sampled_from([None, "text", 3, 2.5, Colour.RED, Raises(), object, b"x"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3)
+        | inner.map(Output)
+        | st.builds(Pair, inner, inner)
+        | inner.map(lambda value: SimpleNamespace(epistemic=value, aleatoric=value))
+    ),
+    max_leaves=5,
+)
+
+
+class Odd(nn.Module):
+    """Odd parameters, and a child that returns something odd."""
+
+    def __init__(self, values, frozen, output):
+        super().__init__()
+        self.values = nn.ParameterList(
+            nn.Parameter(v, requires_grad=not frozen and v.dtype in FLOATS) for v in values
+        )
+        self.again = self.values
+        self.register_buffer("flags", torch.zeros(2, dtype=torch.bool))
+        self.unused = nn.Linear(2, 2)
+        self.child = nn.Identity()
+        self.lazy = nn.Module()
+        self.lazy.weight = UninitializedParameter()
+        self.head = nn.Linear(2, 1)
+        self.output = output
+
+    def forward(self, x):
+        loss = self.head(x).sum()
+        for value in self.values:
+            if value.requires_grad and value.numel():
+                loss = loss + (value.abs() if value.is_complex() else value).float().sum()
+        self.child(self.output)
+        return loss, self.child(self.output)
+
+
+class Silent:
+    """A writer that takes everything."""
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(tensors(), max_size=4),
+    st.lists(odd_tensors(), max_size=3),
+    st.booleans(),
+    OUTPUTS,
+)
+def test_a_step_goes_on(values, gradients, frozen, output):
+    model = Odd(values, frozen, output)
+    trained = [p for p in model.parameters() if p.requires_grad and not p.is_meta]
+    trained = [p for p in trained if not isinstance(p, UninitializedParameter)]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+
+    class Returned(nn.Module):  # what the root returns is odd, too
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            self.loss, output = self.inner(x)
+            return output
+
+    root = Returned()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with attach(root, Silent(), every=1, histograms_every=1, capture=EVERYTHING) as handle:
+            for step in range(2):
+                root(torch.ones(2, 2))
+                root.loss.backward()
+                if step:
+                    for parameter, gradient in zip(trained, gradients, strict=False):
+                        with contextlib.suppress(RuntimeError, TypeError):  # torch's refusal
+                            parameter.grad = gradient
+                try:
+                    optimizer.step()
+                except Exception:  # the optimizer's own, of such a gradient
+                    assert "bthooks" not in traceback.format_exc()
+                optimizer.zero_grad(set_to_none=bool(step))
+            root.eval()
+            root(torch.ones(2, 2))
+        str(handle.report())
+    ours = [str(w.message) for w in caught if "bthooks" in str(w.message)]
+    assert len(ours) == len({message.partition(": not measured")[0] for message in ours})
+
+
+class Broken:
+    """A writer whose disk is full."""
+
+    def __init__(self, log_dir):
+        self.log_dir = log_dir
+
+    def __getattr__(self, name):
+        def fail(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        return fail
+
+
+def test_a_writer_that_fails_does_not_stop_training(tmp_path):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    handle = attach(model, Broken(tmp_path), every=1)
+
+    def train():
+        for _ in range(5):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        handle.detach()
+
+    with pytest.warns(RuntimeWarning, match="No space left on device") as caught:
+        train()
+    sites = [str(w.message).split(":")[1] for w in caught]
+    assert len(sites) == len(set(sites))
+    assert "event file" in handle.report().missed
+
+
+def test_non_finite_gradients_and_values_are_logged_as_what_they_are(tmp_path):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with attach(model, tmp_path, every=1, histograms_every=1, on_error="raise"):
+        (model(torch.ones(1, 2)).sum() * float("inf")).backward()
+        optimizer.step()
+    run = read(tmp_path)
+    assert run.value("gradients/norm/weight", 0) == float("inf")
+    assert run.value("gradients/total_norm", 0) == float("inf")
+    assert run.value("health/nonfinite/gradients/weight", 0) == 4

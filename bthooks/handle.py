@@ -34,7 +34,7 @@ from .stack import steps_on_stack
 from .steps import Cadence, Optimizers, Probe, Steps
 from .updates import Updates
 from .window import Window, is_compiled
-from .writers import is_main_rank, open_writer
+from .writers import close, is_main_rank, open_writer
 
 KINDS = ("attention", "gradients", "learning_rate", "uncertainty", "histograms")
 ON_REQUEST = ("activations", "updates")
@@ -185,7 +185,7 @@ class Handle:
         self._round = None
         if self._opened:
             with self._ledger.guard("close of the writer"):
-                self.writer.close()
+                close(self.writer)
 
     def sweep(self) -> None:
         """Take off what a `detach` inside an optimizer's step had to leave, which does nothing."""

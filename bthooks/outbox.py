@@ -38,6 +38,7 @@ class Outbox:
         self.skips = Skips()
         self._scalers: bool | None = None  # whether there is any
         self._waiting: list[Batch] = []
+        self._lost: list[int] = []  # the numbers that could not be written
         self._lock = threading.RLock()
         self._last: dict[str, int] = {}  # by tag: the number last written
 
@@ -59,9 +60,16 @@ class Outbox:
                 event = compose(readings, model=True, images=batch.due.histograms, skips=self.skips)
                 self._without_scaled(readings, event)
                 event = prefixed(event, tag(self._prefix, batch.prefix))
-                write(self._writer, self._unwritten(event, batch.number), batch.number)
+                patience = 0.0 if self._lost else 10.0
+                write(self._writer, self._unwritten(event, batch.number), batch.number, patience)
             except Exception as error:
+                self._lost.append(batch.number)
                 self._ledger.failed("event file", error)
+                self._ledger.note(
+                    "event file",
+                    f"{type(error).__name__}: {error}; lost: {len(self._lost)} events of the steps "
+                    f"{min(self._lost)} to {max(self._lost)}, and what the writer still held",
+                )
 
     def _without_scaled(self, readings: Readings, event: Event) -> None:
         """Leave out a total norm before clipping that may be one of a scaled loss, and say so."""
@@ -83,7 +91,7 @@ class Outbox:
     def flush(self) -> None:
         """Write what waits, to the disk."""
         self.send()
-        if self._writer is not None and is_main_rank():
+        if self._writer is not None and is_main_rank() and not self._lost:
             try:
                 self._writer.flush()
             except Exception as error:

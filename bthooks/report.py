@@ -54,6 +54,10 @@ class Ledger:
         with contextlib.suppress(Warning):
             warnings.warn(f"bthooks: {site}: {why}", RuntimeWarning, stacklevel=2)
 
+    def note(self, site: str, why: str) -> None:
+        """Put into the report what is known of `site` now, without a warning."""
+        self._said[site] = why
+
     def failed(self, site: str, error: Exception) -> None:
         """`site` could not be measured because of `error`."""
         if self._strict:

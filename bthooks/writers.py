@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .backlog import wait_for_room
 from .histograms import Histogram, raw
 from .names import distinct, tag
 
@@ -152,10 +153,13 @@ def to_host(tensors: Iterable[Tensor]) -> list[Tensor]:
     return host
 
 
-def write(writer: Any, event: Event, step: int) -> None:
+def write(writer: Any, event: Event, step: int, patience: float = 10.0) -> None:
     """Write `event` as one event of the backend's own file writer; else by `add_*` calls.
 
     Nothing is written without a writer, or on a rank other than 0.
+
+    Raises:
+        OSError: the writer takes nothing any more, for `patience` seconds.
     """
     if writer is None or not is_main_rank():
         return
@@ -183,7 +187,18 @@ def write(writer: Any, event: Event, step: int) -> None:
     for tag, text in event.texts.items():
         values.extend(summary.text(tag, text).value)
     if values:
-        _add(writer, package, summary.Summary(value=values), step)
+        _add(writer, package, summary.Summary(value=values), step, patience)
+
+
+def close(writer: Any) -> None:
+    """Close `writer`, unless what is behind it has ended: closing would wait for ever.
+
+    Raises:
+        OSError: it has.
+    """
+    if _package(writer, "close") is not None and writer.all_writers is not None:
+        wait_for_room(writer._get_file_writer(), 10.0)
+    writer.close()
 
 
 def write_hparams(writer: Any, hparams: dict[str, str | float], metrics: dict[str, float]) -> None:
@@ -197,7 +212,7 @@ def write_hparams(writer: Any, hparams: dict[str, str | float], metrics: dict[st
     summary = importlib.import_module(f"{package}.summary")
     values = [value for part in summary.hparams(hparams, metrics) for value in part.value]
     values += [summary.Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
-    _add(writer, package, summary.Summary(value=values), 0)
+    _add(writer, package, summary.Summary(value=values), 0, 10.0)
 
 
 def is_main_rank() -> bool:
@@ -245,7 +260,7 @@ def _histogram_proto(summary: Any, arguments: Mapping[str, Any]) -> Any:
     return summary.HistogramProto(**{names.get(key, key): v for key, v in arguments.items()})
 
 
-def _add(writer: Any, package: str, summary: Any, step: int) -> None:
+def _add(writer: Any, package: str, summary: Any, step: int, patience: float) -> None:
     if writer.all_writers is None and (file := _newest_event_file(writer)):
         # A closed SummaryWriter opens a second event file; the event belongs in the first.
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -255,7 +270,9 @@ def _add(writer: Any, package: str, summary: Any, step: int) -> None:
         with open(file, "ab") as stream:
             RecordWriter(stream).write(event.SerializeToString())
     else:
-        writer._get_file_writer().add_summary(summary, step)
+        file_writer = writer._get_file_writer()
+        wait_for_room(file_writer, patience)
+        file_writer.add_summary(summary, step)
 
 
 def _newest_event_file(writer: Any) -> Path | None:

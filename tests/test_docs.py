@@ -38,6 +38,7 @@ ORDER = [  # a module imports those behind it only
     "stack",
     "steps",
     "writers",
+    "backlog",
     "checks",
     "hook",
     "fastpath",

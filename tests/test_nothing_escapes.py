@@ -3,6 +3,9 @@
 import contextlib
 import dataclasses
 import enum
+import shutil
+import subprocess
+import sys
 import traceback
 import warnings
 from collections import namedtuple
@@ -190,6 +193,48 @@ def test_a_writer_that_fails_does_not_stop_training(tmp_path):
     sites = [str(w.message).split(":")[1] for w in caught]
     assert len(sites) == len(set(sites))
     assert "event file" in handle.report().missed
+
+
+FULL = """
+import subprocess, sys, warnings
+import torch, bthooks
+directory, backend, opened = sys.argv[1], sys.argv[2], sys.argv[3] == "True"
+model = torch.nn.Linear(64, 64)
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+writer = directory if opened else bthooks.make_writer(directory, "run", backend=backend)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    handle = bthooks.attach(model, writer, backend=backend, every=1, histograms_every=1)
+    for step in range(300):
+        model(torch.ones(1, 64)).sum().backward()
+        optimizer.step()
+    handle.detach()
+print("trained", len([w for w in caught if "event file" in str(w.message)]))
+print(handle.report().missed["event file"])
+"""
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A real file system of 128 kB."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(tmp_path)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine allows no mount")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("opened", [True, False])
+@pytest.mark.parametrize("backend", ["torch", "tensorboardX"])
+def test_a_full_disk_does_not_stop_training(backend, opened, tiny_disk):
+    ran = subprocess.run(
+        [sys.executable, "-c", FULL, str(tiny_disk), backend, str(opened)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "trained 1\n" in ran.stdout, ran.stderr
+    assert "lost: " in ran.stdout
 
 
 def test_non_finite_gradients_and_values_are_logged_as_what_they_are(tmp_path):

@@ -1,0 +1,37 @@
+"""Backlog: the queue and the thread behind a SummaryWriter, which end on a full disk.
+
+torch's raises from then on; tensorboardX's blocks for ever once ten events wait, close() and the
+end of the program too.
+"""
+
+import time
+from typing import Any
+
+
+def wait_for_room(file_writer: Any, patience: float) -> None:
+    """Wait until one more event can be given to `file_writer` without waiting.
+
+    Raises:
+        OSError: its thread has ended, or has taken nothing for `patience` seconds.
+    """
+    queue, thread = _behind(file_writer)
+    until = time.monotonic() + patience
+    while queue is not None and thread is not None:
+        if not thread.is_alive():
+            if hasattr(queue, "cancel_join_thread"):
+                queue.cancel_join_thread()  # else the end of the program waits for it
+            cause = getattr(thread, "exception", None)
+            raise OSError(f"the writer's thread has ended: {cause or 'is the disk full?'}")
+        if not queue.full():
+            return
+        if time.monotonic() > until:
+            raise OSError(f"the writer takes nothing any more, {patience:.0f} s were waited")
+        time.sleep(0.01)
+
+
+def _behind(file_writer: Any) -> tuple[Any, Any]:
+    """The queue and the thread, if they are where both backends have them."""
+    event_writer = getattr(file_writer, "event_writer", None)
+    event_writer = getattr(event_writer, "_async_writer", event_writer)  # torch's
+    queue = getattr(event_writer, "_byte_queue", getattr(event_writer, "_event_queue", None))
+    return queue, getattr(event_writer, "_worker", None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 BLOCKED = -1e4  # an added mask at or below it hides the key: float16's minimum is -65504
-_BLOCK = {"cpu": 1 << 20}  # scores held at a time, over batch and heads: what a cache holds
+_BLOCK = {"cpu": 1 << 21}  # scores held at a time, over batch and heads: what a cache holds
 
 
 def score_blocks(
@@ -45,7 +45,7 @@ def score_blocks(
     keys = key.shape[-2]
     dtype = torch.promote_types(query.dtype, torch.float32)
     scale = width**-0.5 if scale is None else scale
-    k = key.to(dtype)
+    k = key.to(dtype).contiguous()  # a view into (query, key, value) is twice as slow
     if key.shape[1] != heads:
         k = k.repeat_interleave(heads // key.shape[1], dim=1)
     k = k.transpose(-1, -2)  # (B, H, d, S)

@@ -5,7 +5,10 @@ end of the program too.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
+
+_MOMENT = 0.05  # seconds that an event is waited for
 
 
 def wait_for_room(file_writer: Any, patience: float) -> None:
@@ -27,6 +30,24 @@ def wait_for_room(file_writer: Any, patience: float) -> None:
         if time.monotonic() > until:
             raise OSError(f"the writer takes nothing any more, {patience:.0f} s were waited")
         time.sleep(0.01)
+
+
+def settle(file_writer: Any, give: Callable[[], None]) -> None:
+    """Give an event to `file_writer` so that a killed process does not lose it.
+
+    tensorboardX keeps up to 8 kB of events in the process for two minutes: 12 of 400 were lost.
+    """
+    record = getattr(getattr(file_writer, "event_writer", None), "_ev_writer", None)
+    before = getattr(record, "_num_outstanding_events", None)
+    give()
+    if record is None or before is None:
+        return
+    until = time.monotonic() + _MOMENT
+    while record._num_outstanding_events == before and time.monotonic() < until:
+        time.sleep(1e-4)
+    stream = record._py_recordio_writer._writer
+    if hasattr(stream, "fileno"):  # a file: to the system, which a kill does not touch
+        stream.flush()
 
 
 def _behind(file_writer: Any) -> tuple[Any, Any]:

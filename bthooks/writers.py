@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .backlog import wait_for_room
+from .backlog import settle, wait_for_room
 from .histograms import Histogram, raw
 from .names import distinct, tag
 
@@ -272,7 +272,7 @@ def _add(writer: Any, package: str, summary: Any, step: int, patience: float) ->
     else:
         file_writer = writer._get_file_writer()
         wait_for_room(file_writer, patience)
-        file_writer.add_summary(summary, step)
+        settle(file_writer, lambda: file_writer.add_summary(summary, step))
 
 
 def _newest_event_file(writer: Any) -> Path | None:

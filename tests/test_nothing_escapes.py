@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import enum
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -235,6 +236,33 @@ def test_a_full_disk_does_not_stop_training(backend, opened, tiny_disk):
     )
     assert "trained 1\n" in ran.stdout, ran.stderr
     assert "lost: " in ran.stdout
+
+
+ENDLESS = """
+import sys, time, torch, bthooks
+model = torch.nn.Linear(8, 8)
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+handle = bthooks.attach(model, sys.argv[1], backend=sys.argv[2], every=1)
+while True:
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    print(handle.step, flush=True)
+    time.sleep(0.005)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("backend", ["torch", "tensorboardX"])
+def test_a_killed_run_loses_the_step_in_flight_and_no_other(backend, number, tmp_path):
+    command = [sys.executable, "-c", ENDLESS, str(tmp_path), backend]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if int(line) == 100:
+                process.send_signal(number)
+        last = int(line)
+    steps = [step for step, _ in read(tmp_path).scalars["gradients/total_norm"]]
+    assert steps == list(range(len(steps)))
+    assert len(steps) >= last - 1
 
 
 def test_non_finite_gradients_and_values_are_logged_as_what_they_are(tmp_path):

@@ -10,6 +10,7 @@ import sys
 import traceback
 import warnings
 from collections import namedtuple
+from pathlib import Path
 from types import SimpleNamespace
 
 import hypothesis.strategies as st
@@ -263,6 +264,55 @@ def test_a_killed_run_loses_the_step_in_flight_and_no_other(backend, number, tmp
     steps = [step for step, _ in read(tmp_path).scalars["gradients/total_norm"]]
     assert steps == list(range(len(steps)))
     assert len(steps) >= last - 1
+
+
+LONG = """
+import gc, os, sys, threading
+import torch, bthooks
+from tests.models import SelfAttention
+
+def resident():
+    gc.collect()
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+def leftovers():
+    names = sorted(thread.name for thread in threading.enumerate())
+    return names, len(os.listdir("/proc/self/fd"))
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = SelfAttention()
+optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+bthooks.attach(model, sys.argv[1] + "/first", backend=sys.argv[2]).detach()  # imports
+before = leftovers()
+handle = bthooks.attach(model, sys.argv[1], backend=sys.argv[2], every=10, histograms_every=100)
+x = torch.randn(2, 8, 16)
+for step in range(10_000):
+    model(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if step == 1000:
+        first = resident()
+grown = resident() - first
+handle.detach()
+threads, files = leftovers()
+assert threads == ["MainThread"] and files <= before[1], (threads, files, before)
+print(grown)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+@pytest.mark.parametrize("backend", ["torch", "tensorboardX"])
+def test_ten_thousand_steps_leave_memory_flat(backend, tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-c", LONG, str(tmp_path), backend],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) < 1 << 20
 
 
 def test_non_finite_gradients_and_values_are_logged_as_what_they_are(tmp_path):

@@ -267,7 +267,7 @@ def test_a_killed_run_loses_the_step_in_flight_and_no_other(backend, number, tmp
 
 
 LONG = """
-import gc, os, sys, threading
+import gc, os, sys, threading, time
 import torch, bthooks
 from tests.models import SelfAttention
 
@@ -295,6 +295,8 @@ for step in range(10_000):
         first = resident()
 grown = resident() - first
 handle.detach()
+for _ in range(50):  # the queue of tensorboardX ends a moment later
+    time.sleep(0.1 * (threading.active_count() > 1))
 threads, files = leftovers()
 assert threads == ["MainThread"] and files <= before[1], (threads, files, before)
 print(grown)

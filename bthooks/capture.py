@@ -95,6 +95,8 @@ class AttentionMode(TorchDispatchMode):
         del self._provenance
 
     def _look(self, func: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_meta:
+            return
         if func is flex_attention:
             with without_modes():
                 sums = fused.sums_of_flex(*args, rows=self._rows)
@@ -106,7 +108,7 @@ class AttentionMode(TorchDispatchMode):
             return
         given = defaults | dict(zip(defaults, args, strict=False)) | kwargs
         first = next((value for value in given.values() if isinstance(value, Tensor)), None)
-        if first is None or not first.numel():
+        if first is None or first.is_meta or not first.numel():
             return
         with without_modes(), torch.autocast(first.device.type, enabled=False):
             found = self._sums(name, given, output)

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from .outbox import Batch, Outbox
 from .readings import Readings, uncertainties
 from .report import Ledger
-from .stack import calls_on_stack, steps_on_stack
+from .stack import calls_on_stack, is_traced, steps_on_stack
 from .steps import Due, Optimizers, Probe, Steps
 from .uncertainty import find_uncertainties
 from .updates import Updates
@@ -99,8 +99,8 @@ class Forwards:
                     self._updates.watch(root)
 
     def _open_window(self, root: nn.Module, batch: Batch) -> None:
-        if self._window is not None and self._window.is_alive():
-            return  # another thread's
+        if (self._window is not None and self._window.is_alive()) or is_traced():
+            return  # another thread's, or one without values
         self._optimizers.recheck()
         kinds = set(self._kinds)
         kinds -= set() if batch.due.scalars else {"attention"}

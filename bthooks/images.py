@@ -37,22 +37,26 @@ def heat_map(rows: Sequence[Tensor]) -> Tensor:
     top = max(1, math.ceil(max(finite, default=1)))
     height = _MARGIN + len(rows) * _CELL + 2
     left = _MARGIN + heads * _CELL + 2  # of the scale
-    image = torch.tensor(_WHITE, dtype=torch.uint8).repeat(height, left + 2 * _CELL, 1)
+    image = _pixel(_WHITE).repeat(height, left + 2 * _CELL, 1)
 
     for y, row in enumerate(rows):
         _label(image, str(y), _MARGIN + y * _CELL + 9, 2)
         for x, value in enumerate(row.tolist()):
             below, right = _MARGIN + y * _CELL, _MARGIN + x * _CELL
-            colour = torch.tensor(_colour(value, top), dtype=torch.uint8)
-            image[below : below + _CELL - 1, right : right + _CELL - 1] = colour
+            cell = image[below : below + _CELL - 1, right : right + _CELL - 1]
+            cell[:] = _pixel(_colour(value, top))
     for x in range(heads):
         _label(image, str(x), 8, _MARGIN + x * _CELL + 6)
     for y in range(_MARGIN, height - 2):
         share = (height - 2 - y) / (height - 2 - _MARGIN)
-        image[y, left + 4 : left + 16] = torch.tensor(_colour(share * top, top), dtype=torch.uint8)
+        image[y, left + 4 : left + 16] = _pixel(_colour(share * top, top))
     _label(image, str(top), _MARGIN, left + 20)
     _label(image, "0", height - 13, left + 20)
     return image
+
+
+def _pixel(colour: tuple[int, ...]) -> Tensor:
+    return torch.tensor(colour, dtype=torch.uint8, device="cpu")  # the user may have set another
 
 
 def _colour(value: float, top: float) -> tuple[int, ...]:
@@ -75,6 +79,4 @@ def _label(image: Tensor, text: str, y: int, x: int) -> None:
                 if int(octal, 8) >> (2 - column) & 1:
                     down = y + line * _ZOOM
                     right = x + (place * 4 + column) * _ZOOM
-                    image[down : down + _ZOOM, right : right + _ZOOM] = torch.tensor(
-                        _INK, dtype=torch.uint8
-                    )
+                    image[down : down + _ZOOM, right : right + _ZOOM] = _pixel(_INK)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Container, Iterator
 from types import FrameType
 
+import torch
 from torch import nn
 from torch.optim import optimizer
 
@@ -30,6 +31,14 @@ def calls_on_stack(module: nn.Module) -> int:
 def steps_on_stack() -> bool:
     """Whether an optimizer's step runs in this thread, or torch's hooks around it."""
     return any(frame.f_globals is vars(optimizer) for frame in frames())
+
+
+def is_traced() -> bool:
+    """Whether what runs is traced into a graph, of which ours must not become a part."""
+    modes = torch._C._TorchDispatchModeKey
+    return torch._C._is_tracing() or any(
+        torch._C._get_dispatch_mode(key) is not None for key in (modes.FAKE, modes.PROXY)
+    )
 
 
 def frames() -> Iterator[FrameType]:

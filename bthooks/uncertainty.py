@@ -31,7 +31,9 @@ def find_uncertainties(output: Any) -> dict[str, Tensor]:
     for kind, keys in KEYS.items():
         for key in keys:
             value = output.get(key) if isinstance(output, Mapping) else _attribute(output, key)
-            if isinstance(value, Tensor) and value.numel() and not value.is_complex():
+            if not isinstance(value, Tensor) or value.is_meta or value.is_complex():
+                continue
+            if value.numel():
                 found[kind] = value
                 break
     return found

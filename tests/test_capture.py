@@ -6,6 +6,7 @@ import torch._dynamo.testing
 from torch import nn
 from torch.nn import functional as F
 
+import bthooks
 from bthooks import attach
 
 from .conftest import read
@@ -332,6 +333,54 @@ def test_function_transforms(how, tmp_path):
         seen = FUNCTIONAL[how](model, x)
     torch.testing.assert_close(seen, plain, rtol=0, atol=0)
     assert read(tmp_path).value("attention/entropy/root", 0) == pytest.approx(truth, abs=1e-5)
+
+
+def trace_fx(model, x, mode):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return len(make_fx(model, tracing_mode=mode, _allow_non_fake_inputs=True)(x).graph.nodes)
+
+
+TRACES = {
+    "make_fx": lambda model, x: trace_fx(model, x, "real"),
+    "make_fx, fake": lambda model, x: trace_fx(model, x, "fake"),
+    "export": lambda model, x: len(torch.export.export(model, (x,)).graph.nodes),
+    "jit.trace": lambda model, x: str(torch.jit.trace(model, x).graph).count("\n"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated")
+@pytest.mark.parametrize("how", TRACES)
+def test_nothing_of_ours_is_in_a_traced_graph(how, tmp_path):
+    model, (x, _) = nn.Sequential(SelfAttention(), Softmax()).eval(), batch(0)
+    plain = TRACES[how](model, x)
+    with attach(model, tmp_path, every=1, on_error="raise"):
+        assert TRACES[how](model, x) == plain
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_another_default_device(device, tmp_path):
+    """As torch.set_default_device does: what we make for ourselves is on the host all the same."""
+    model, (x, _) = nn.Sequential(SelfAttention(), Softmax()), batch(0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    capture = [*bthooks.handle.KINDS, "updates", "activations"]
+    with torch.device(device):
+        handle = attach(model, tmp_path, every=1, capture=capture)
+        model(x).sum().backward()
+        optimizer.step()
+        with pytest.warns(RuntimeWarning, match="uncertainty: the output"):
+            handle.detach()
+    assert handle.report().missed.keys() == {"uncertainty"}
+    run = read(tmp_path)
+    assert run.images.keys() == {"attention/head_entropy"}
+    assert run.group("attention/entropy/", 0).keys() == {"0", "1"}
+
+
+def test_a_model_on_the_meta_device_has_nothing_to_measure(tmp_path):
+    model = nn.Sequential(SelfAttention(), Softmax()).to("meta")
+    with attach(model, tmp_path, every=1, on_error="raise") as handle:
+        model(torch.randn(2, 5, 16, device="meta"))
+    assert "attention" in handle.report().missed
 
 
 def test_a_failure_to_measure_is_said_and_the_output_stands(tmp_path, monkeypatch):

@@ -254,7 +254,7 @@ while True:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("backend", ["torch", "tensorboardX"])
-def test_a_killed_run_loses_the_step_in_flight_and_no_other(backend, number, tmp_path):
+def test_a_killed_run_loses_the_step_in_flight_and_what_is_being_written(backend, number, tmp_path):
     command = [sys.executable, "-c", ENDLESS, str(tmp_path), backend]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
@@ -263,7 +263,7 @@ def test_a_killed_run_loses_the_step_in_flight_and_no_other(backend, number, tmp
         last = int(line)
     steps = [step for step, _ in read(tmp_path).scalars["gradients/total_norm"]]
     assert steps == list(range(len(steps)))
-    assert len(steps) >= last - 1
+    assert len(steps) >= last - 2
 
 
 LONG = """

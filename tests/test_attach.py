@@ -402,7 +402,10 @@ def test_copies_are_silent_and_load_without_bthooks(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4))
     handle = attach(model, tmp_path / "run", every=1)
     torch.save(model, tmp_path / "model.pt")
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), averaged):
+        assert not any(p._post_accumulate_grad_hooks for p in other.parameters())
         other(torch.ones(1, 4)).sum().backward()
         sgd(other).step()
     assert handle.step == 0

@@ -172,7 +172,8 @@ class Handle:
         if self._forwards.is_elsewhere():
             self._forwards.last_handle = handles.pop(1)  # that forward ends with this hook
         # torch walks over its optimizer hooks right now, which must stay as many until it is done.
-        kept = handles[2:] if steps_on_stack() else []
+        own = 2 if "updates" in self._kinds else 1  # the last ones
+        kept = handles[-own:] if steps_on_stack() else []
         for handle in handles[: len(handles) - len(kept)]:
             handle.remove()
         self._inert = kept

@@ -194,6 +194,8 @@ class Provenance:
             t for a in args if isinstance(a, list | tuple) for t in a if isinstance(t, Tensor)
         ]
         marks = [self._of(tensor) for tensor in tensors]
+        if tensors and not any(marks) and role.name not in FILLING:
+            return
         outputs = output if isinstance(output, list | tuple) else [output]
         outputs = [o for o in outputs if isinstance(o, Tensor) and o.is_floating_point()]
         if not outputs:

@@ -63,22 +63,32 @@ def attention_stats(weights: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def sums_of_weights(weights: Tensor) -> Tensor:
-    """The sums of one map from its weights `(batch, heads, query, key)`: `(heads, 12)`."""
-    w = weights.to(torch.promote_types(weights.dtype, torch.float32))
-    alive = w.sum(-1) > 0  # (B, H, L); False for NaN too
-    w = torch.where(alive[..., None], w, 0)
-    return _sums(
-        alive=alive,
-        visible=(w > 0).sum(-1),
-        entropy=torch.special.entr(w).sum(-1),
-        total=w.sum(-1),
-        squares=w.square().sum(-1),
-        largest=w.amax(-1),
-        first=w[..., 0],
-        logit=torch.full_like(w[..., 0], -torch.inf),
-        keys=w.shape[-1],
-    )
+def sums_of_weights(weights: Tensor, rows: int | None = None) -> Tensor:
+    """The sums of one map from its weights `(..., heads, query, key)`: `(heads, 12)`.
+
+    `rows` as in `sums_of_query_key`.
+    """
+    weights = _with_heads(weights)
+    row_size = weights[:, :, 0].numel()
+    sums: list[Tensor] = []
+    for at, _ in row_blocks(weights.shape[-2], rows, row_size, weights.device):
+        w = weights.index_select(-2, at)
+        w = w.to(torch.promote_types(w.dtype, torch.float32))
+        alive = w.sum(-1) > 0  # (B, H, r); False for NaN too
+        w = torch.where(alive[..., None], w, 0)
+        block = _sums(
+            alive=alive,
+            visible=(w > 0).sum(-1),
+            entropy=torch.special.entr(w).sum(-1),
+            total=w.sum(-1),
+            squares=w.square().sum(-1),
+            largest=w.amax(-1),
+            first=w[..., 0],
+            logit=torch.full_like(w[..., 0], -torch.inf),
+            keys=w.shape[-1],
+        )
+        sums.append(block)
+    return reduce(merge, sums)
 
 
 @torch.no_grad()
@@ -117,8 +127,7 @@ def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | Non
         return reduce(
             merge, (sums_of_scores(sample[None], rows=rows) for sample in scores.unbind())
         )
-    heads = scores.shape[-3] if scores.dim() > 3 else 1
-    scores = scores.reshape(-1, heads, *scores.shape[-2:])  # (B, H, L, S)
+    scores = _with_heads(scores)
     batch, heads, length, columns = scores.shape
     dtype = torch.promote_types(scores.dtype, torch.float32)
     sums: list[Tensor] = []
@@ -128,6 +137,12 @@ def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | Non
             _sums_of_block(F.threshold(block, BLOCKED, -torch.inf, inplace=True), keys=keys)
         )
     return reduce(merge, sums)
+
+
+def _with_heads(values: Tensor) -> Tensor:
+    """As `(batch, heads, query, key)`; three dimensions or fewer are all batch."""
+    heads = values.shape[-3] if values.dim() > 3 else 1
+    return values.reshape(-1, heads, *values.shape[-2:])
 
 
 def _sums_of_block(

@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _pop_mode, _push_mode
 
-from .attention import sums_of_scores
+from .attention import sums_of_scores, sums_of_weights
 from .operators import CONVOLUTIONS, FILLING, LOG_SOFTMAX, PRODUCTS, SOFTMAX, Role
 from .operators import role as role_of
 
@@ -109,8 +109,7 @@ class Provenance:
         """Take note of the operator `func` that was called with `args`."""
         role = role_of(func)
         name = role.name
-        if name in PRODUCTS:
-            at = PRODUCTS[name]
+        if (at := PRODUCTS.get(name.rstrip("_"))) is not None:
             self._product(args[at], args[at + 1], output)
         elif name in CONVOLUTIONS:
             mark, shape = self._of(args[0]), args[0].shape
@@ -119,7 +118,11 @@ class Provenance:
         elif name in SOFTMAX | LOG_SOFTMAX:
             self._softmax(args[0], args[1], output, logarithm=name in LOG_SOFTMAX)
         elif name in ("exp", "exp_") and isinstance(mark := self._of(args[0]), _Scores):
-            self._exp(args[0] if name == "exp" else output.log(), mark, output)
+            # A softmax that is written out, once its norm is seen.
+            sums = self._sums_of_weights(output) if mark.normal else None
+            self._mark(output, _Weights(mark.heads, mark.width, sums, mark.normal))
+        elif name == "copy_" and isinstance(self._of(args[0]), _Scores) and _is_whole(args[0]):
+            self._mark(args[0], self._of(args[1]))  # a buffer that is used again
         elif name in ("logsumexp", "sum") and self._is_norm(name, args):
             self._mark(output, _Norm())
         else:
@@ -158,16 +161,15 @@ class Provenance:
             sums = self._sums(scores, mark)
             self._mark(output, _Weights(mark.heads, mark.width, sums, normal=True))
 
-    def _exp(self, scores: Tensor, mark: _Scores, output: Tensor) -> None:
-        """The exponential of scores: a softmax that is written out, once its norm is seen."""
-        if _is_last(-1, scores):
-            sums = self._sums(scores, mark)
-            sums[:, -1] = -torch.inf  # a logit unknown: something was taken off it before
-            self._mark(output, _Weights(mark.heads, mark.width, sums, mark.normal))
-
     def _sums(self, scores: Tensor, mark: _Scores) -> Tensor:
         with without_modes():
             return sums_of_scores(scores.detach(), keys=mark.keys, rows=self._rows)
+
+    def _sums_of_weights(self, weights: Tensor) -> Tensor | None:
+        if not _is_last(-1, weights):
+            return None
+        with without_modes():
+            return sums_of_weights(weights.detach(), rows=self._rows)
 
     def _is_norm(self, name: str, args: tuple[Any, ...]) -> bool:
         mark = self._of(args[0])
@@ -210,8 +212,11 @@ class Provenance:
                 kept = mark
         if isinstance(kept, _Weights) and kept.width == 1 and role.name == "mul":
             self._seen(kept)  # the product with the value of the only key
-        if isinstance(kept, _Scores | _Weights) and any(isinstance(m, _Norm) for m in marks):
-            kept = replace(kept, normal=True)
+        if any(isinstance(mark, _Norm) for mark in marks):
+            if isinstance(kept, _Scores):
+                kept = replace(kept, normal=True)
+            elif isinstance(kept, _Weights):  # whatever was masked since
+                kept = replace(kept, sums=self._sums_of_weights(outputs[0]), normal=True)
         if kept is not None:
             self._mark(outputs[0], kept)
         elif not any(tensor.is_nested for tensor in (*tensors, *outputs)):
@@ -271,8 +276,13 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return tensor.shape[:-2].numel(), tensor.shape[-1] if tensor.dim() else 1
 
 
-def _is_last(dim: int | Sequence[int], tensor: Tensor) -> bool:
-    dims = [dim] if isinstance(dim, int) else dim
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether it is all that its storage holds."""
+    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+
+
+def _is_last(dim: int | Sequence[int] | None, tensor: Tensor) -> bool:
+    dims = [dim] if isinstance(dim, int) else dim or ()
     return bool(tensor.dim() > 1 and tensor.numel()) and [d % tensor.dim() for d in dims] == [
         tensor.dim() - 1
     ]

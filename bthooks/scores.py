@@ -65,7 +65,8 @@ def score_blocks(
         if score_mod is not None or mask_mod is not None:
             b, h = (torch.arange(n, device=query.device) for n in (batch, heads))
             where = b[:, None, None, None], h[:, None, None], at[:, None], column
-            scores = scores if score_mod is None else score_mod(scores, *where)
+            if score_mod is not None:  # what it returns may be smaller, or the user's own
+                scores = score_mod(scores, *where).expand(scores.shape).clone()
             if mask_mod is not None:
                 scores = torch.where(mask_mod(*where), scores, -torch.inf)
             visible = None
@@ -95,7 +96,8 @@ def row_blocks(
         the rows, and the last of them as an int.
     """
     taken = length if rows is None else min(rows, length)
-    many = max(1, _BLOCK.get(device.type, 1 << 22) // max(1, row_size))
+    block = min(_BLOCK.get(device.type, 1 << 22), max(1 << 18, row_size * length // 16))
+    many = max(1, block // max(1, row_size))
     for start in range(0, taken, many):
         stop = min(taken, start + many)
         at = torch.arange(start, stop, device=device)

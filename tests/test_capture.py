@@ -248,6 +248,22 @@ def test_a_selection_without_attention_is_said(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_by_a_table_alone(tmp_path):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    table, q = torch.randn(16, 16), torch.randn(2, 4, 16, 8)
+    model = nn.Module()
+    model.forward = lambda q: flex_attention(q, q, q, lambda score, b, h, i, j: table[i, j])
+    kept = table.clone()
+    expected = model(q)
+    with attach(model, tmp_path, every=1, on_error="raise"):
+        assert torch.equal(model(q), expected)
+    assert torch.equal(table, kept)
+    found = read(tmp_path).value("attention/entropy/root", 0)
+    assert found == pytest.approx(entropy(table.double().softmax(-1)), abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("modified", [False, True])
 def test_flex_attention_with_its_score_and_mask_functions(modified, tmp_path):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention

@@ -91,6 +91,20 @@ class Explicit(nn.Module):
             raised = (q @ k.mT).exp_()
             weights = self.keep(raised * (1 / (raised.sum(dim=-1, keepdim=True) + 1e-9)))
             y = weights @ v
+        elif self.kind in ("masked once raised", "masked once normal"):
+            scores = q @ k.mT / 2
+            raised = (scores - scores.amax(-1, keepdim=True)).exp()
+            raised = raised if self.kind == "masked once raised" else scores.softmax(-1)
+            raised = raised * ~hidden
+            weights = self.keep(raised / raised.sum(-1, keepdim=True))
+            y = weights @ v
+        elif self.kind == "in a buffer":
+            scores = torch.zeros(b * self.heads, length, length)
+            scores.baddbmm_(q.flatten(0, 1), k.flatten(0, 1).mT)
+            weights = self.keep(scores.softmax(-1))
+            y = (weights @ v.flatten(0, 1)).unflatten(0, (b, -1))
+            scores.copy_(torch.rand(length, length))  # no scores any more
+            y = y + (scores.softmax(-1) @ v.flatten(0, 1)).unflatten(0, (b, -1))
         elif self.kind == "logsumexp":
             scores = torch.max(q @ k.mT, torch.tensor(-50.0)).masked_fill(hidden, -1e9)
             weights = self.keep((scores - scores.logsumexp(-1, keepdim=True)).exp())
@@ -122,7 +136,7 @@ KINDS = [
     "bmm", "einsum", "talking heads", "capped", "in place", "right operand", "windows",
     "one head", "sinks", "twice", "math", "re-attention", "convolved heads", "distances",
     "written out", "written out in place", "logsumexp", "log softmax", "one key",
-    "local and global",
+    "local and global", "masked once raised", "masked once normal", "in a buffer",
 ]  # fmt: skip
 CONTEXTS = {"train": contextlib.nullcontext, "eval": torch.no_grad, "infer": torch.inference_mode}
 

@@ -81,7 +81,7 @@ class AttentionMode(TorchDispatchMode):
         if func in _MADE_OF_OTHERS:
             with self:
                 return func.decompose(*args, **kwargs)
-        with _as_outside(func):
+        with _as_outside() if func in _CHOOSING else contextlib.nullcontext():
             output = func(*args, **kwargs)
         try:
             self._look(func, args, kwargs, output)
@@ -131,6 +131,10 @@ class AttentionMode(TorchDispatchMode):
 
     def _map(self, sums: Tensor) -> None:
         module = innermost(self._paths)
+        if type(sums) is not Tensor:  # a fake one, or a DTensor: it would cost the whole event
+            path = self._paths.get(module, "root") if module is not None else "root"
+            self._ledger.say(f"attention of {path}", f"unsupported tensors: {type(sums).__name__}")
+            return
         if isinstance(module, nn.TransformerEncoderLayer):
             module = module.self_attn  # whose forward the fast path does not call
         if module is not None:
@@ -138,14 +142,14 @@ class AttentionMode(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _as_outside(func: Any) -> Iterator[None]:
-    """Let `func` run as it does without a mode.
+def _as_outside() -> Iterator[None]:
+    """Let `_CHOOSING` run as they do without a mode.
 
-    Under inference_mode these arrive whole, and inside a mode's handler the views that they take
+    Under inference_mode they arrive whole, and inside a mode's handler the views that they take
     of a weight lose its requires_grad, by which torch chooses between mm and bmm: 1e-7 apart.
     """
     key = torch._C.DispatchKey.ADInplaceOrView
-    if func not in _CHOOSING or not torch._C._dispatch_tls_is_dispatch_key_excluded(key):
+    if not torch._C._dispatch_tls_is_dispatch_key_excluded(key):
         yield
         return
     torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)

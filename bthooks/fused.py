@@ -56,10 +56,23 @@ def sums_of_flex(
         query,
         key,
         scale=scale,
-        score_mod=lambda *where: score_mod(*where, *score_buffers),
-        mask_mod=lambda *where: mask_mod(*where, *mask_buffers),
+        score_mod=_for_each(lambda *where: score_mod(*where, *score_buffers), scores=True),
+        mask_mod=_for_each(lambda *where: mask_mod(*where, *mask_buffers), scores=False),
         rows=rows,
     )
+
+
+def _for_each(function: Callable[..., Tensor], *, scores: bool) -> Callable[..., Tensor]:
+    """`function` of 0-d tensors for all of them at once, as FlexAttention calls it."""
+    for place in (3, 2, 1, 0):  # key, row, head, batch
+        where = tuple(0 if at == place else None for at in range(4))
+        function = torch.vmap(function, in_dims=(0, *where) if scores else where)
+
+    def mapped(*arguments: Tensor) -> Tensor:
+        given, where = arguments[:-4], arguments[-4:]
+        return function(*given, *(index.flatten() for index in where))
+
+    return mapped
 
 
 @torch.no_grad()

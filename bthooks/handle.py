@@ -29,7 +29,7 @@ from .forwards import Forwards
 from .hook import Hook
 from .names import module_names, parameter_names
 from .outbox import Batch, Outbox
-from .report import Ledger, Report, reasons, unattended
+from .report import Ledger, Report, fused_away, reasons, unattended
 from .stack import steps_on_stack
 from .steps import Cadence, Optimizers, Probe, Steps
 from .updates import Updates
@@ -298,14 +298,14 @@ class Handle:
         """Why each kind has not been seen so far."""
         root = self._root()
         paths = {} if root is None else module_names(root)
+        compiled = [path for module, path in paths.items() if is_compiled(module)]
         why = reasons(
-            called=self._forwards.calls > 0,
-            stepped=self._steps.rounds > 0,
-            compiled=[path for module, path in paths.items() if is_compiled(module)],
+            called=self._forwards.calls > 0, stepped=self._steps.rounds > 0, compiled=compiled
         )
         missed = {kind: why[kind] for kind in self._kinds if not self._ledger.names(kind)}
         if seen := self._ledger.names("attention"):
             missed |= unattended(self._globs, paths.values(), seen)
+            missed |= fused_away(compiled, seen)
         return missed
 
 

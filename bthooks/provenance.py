@@ -158,7 +158,8 @@ class Provenance:
         if logarithm:
             self._mark(output, replace(mark, normal=True))
         else:
-            sums = self._sums(scores, mark)
+            overwritten = output.data_ptr() == scores.data_ptr()  # softmax(..., out=scores)
+            sums = self._sums_of_weights(output) if overwritten else self._sums(scores, mark)
             self._mark(output, _Weights(mark.heads, mark.width, sums, normal=True))
 
     def _sums(self, scores: Tensor, mark: _Scores) -> Tensor:

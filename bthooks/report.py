@@ -9,6 +9,11 @@ from typing import NamedTuple
 
 from .uncertainty import KEYS
 
+_COMPILED = (
+    "compiled, where an explicit softmax or flex_attention is fused with its neighbours and can't "
+    "be seen; F.scaled_dot_product_attention can"
+)
+
 
 class Report(NamedTuple):
     """What was captured, by kind; what was selected and not seen, with the reason."""
@@ -98,11 +103,7 @@ def reasons(*, called: bool, stepped: bool, compiled: Sequence[str]) -> dict[str
     )
     attention = "no attention was recognised in the observed forwards"
     if compiled:
-        attention += (
-            f"; {', '.join(compiled[:4])}{', ...' * (len(compiled) > 4)}: compiled, where an "
-            "explicit softmax or flex_attention is fused with its neighbours and can't be seen; "
-            "F.scaled_dot_product_attention can"
-        )
+        attention += f"; {', '.join(compiled[:4])}{', ...' * (len(compiled) > 4)}: {_COMPILED}"
     step = "" if stepped else "no optimizer that holds a parameter of the model has stepped"
     keys = ", ".join(key for names in KEYS.values() for key in names)
     return {
@@ -113,6 +114,16 @@ def reasons(*, called: bool, stepped: bool, compiled: Sequence[str]) -> dict[str
         "learning_rate": step or "only advance() was called",
         "histograms": step or "no parameter is selected",
         "updates": step or "no parameter is selected",
+    }
+
+
+def fused_away(compiled: Iterable[str], seen: Iterable[str]) -> dict[str, str]:
+    """The compiled modules that no attention was seen in, while others' was."""
+    places = [f"{path.partition('/')[0]}." for path in seen]
+    return {
+        f"attention of {path}": _COMPILED
+        for path in compiled
+        if path != "root" and not any(place.startswith(f"{path}.") for place in places)
     }
 
 

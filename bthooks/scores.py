@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 BLOCKED = -1e4  # an added mask at or below it hides the key: float16's minimum is -65504
+_GOLDEN = 2654435769  # 2 ** 32 / golden ratio
 _BLOCK = {"cpu": 1 << 21}  # scores held at a time, over batch and heads: what a cache holds
 
 
@@ -45,17 +46,17 @@ def score_blocks(
     keys = key.shape[-2]
     dtype = torch.promote_types(query.dtype, torch.float32)
     scale = width**-0.5 if scale is None else scale
-    k = key.to(dtype).contiguous()  # a view into (query, key, value) is twice as slow
-    if key.shape[1] != heads:
-        k = k.repeat_interleave(heads // key.shape[1], dim=1)
-    k = k.transpose(-1, -2)  # (B, H, d, S)
+    key_heads = key.shape[1]
+    # (B, Hk, d, S); a view into (query, key, value) is twice as slow
+    k = key.to(dtype).contiguous().transpose(-1, -2)
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
         mask = mask.expand(*mask.shape[:-1], keys)
     for at, last in row_blocks(length, rows, batch * heads * keys, query.device):
         stop = min(keys, last + 1) if is_causal else keys
         q = query.index_select(-2, at).to(dtype) * scale  # (B, H, r, d)
-        scores = q @ k[..., :stop]  # (B, H, r, d) x (B, H, d, S) -> (B, H, r, S)
+        q = q.reshape(batch, key_heads, -1, width)  # (B, Hk, H / Hk r, d)
+        scores = (q @ k[..., :stop]).view(batch, heads, len(at), stop)  # (B, H, r, S)
         column = torch.arange(stop, device=query.device)
         visible: Tensor | None = torch.full_like(at, keys)
         if mask is not None or is_causal:
@@ -92,16 +93,21 @@ def row_blocks(
 ) -> Iterator[tuple[Tensor, int]]:
     """The rows that are looked at, evenly spread, so many at a time that memory stays bounded.
 
+    One of each of as many equal parts, at a place that follows the golden ratio: with a fixed
+    stride, packed samples of 16 rows would all be seen at their first row, where entropy is 0.
+
     Yields:
-        the rows, and the last of them as an int.
+        the rows, and an int that none of them is above.
     """
     taken = length if rows is None else min(rows, length)
     block = min(_BLOCK.get(device.type, 1 << 22), max(1 << 18, row_size * length // 16))
     many = max(1, block // max(1, row_size))
     for start in range(0, taken, many):
         stop = min(taken, start + many)
-        at = torch.arange(start, stop, device=device)
-        yield (2 * at + 1) * length // (2 * taken), (2 * stop - 1) * length // (2 * taken)
+        part = torch.arange(start, stop + 1, device=device)
+        low, high = (part * length // taken).unfold(0, 2, 1).unbind(-1)
+        share = (part[:-1] * _GOLDEN + (1 << 31)) % (1 << 32)
+        yield low + (share * (high - low) >> 32), stop * length // taken - 1
 
 
 def seen(scores: Tensor) -> Tensor:

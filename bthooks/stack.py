@@ -36,6 +36,8 @@ def steps_on_stack() -> bool:
 def is_traced() -> bool:
     """Whether what runs is traced into a graph, of which ours must not become a part."""
     modes = torch._C._TorchDispatchModeKey
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return True
     return torch._C._is_tracing() or any(
         torch._C._get_dispatch_mode(key) is not None for key in (modes.FAKE, modes.PROXY)
     )

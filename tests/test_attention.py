@@ -105,11 +105,13 @@ def test_statistics_equal_the_dense_float64_ones(arguments):
 
 @given(maps(), st.integers(1, 4))
 @settings(max_examples=50, deadline=None)
-def test_sampled_rows_are_those_evenly_spread(arguments, rows):
+def test_sampled_rows_are_one_of_each_part(arguments, rows):
     length = arguments["query"].shape[2]
     if rows >= length or arguments["is_causal"]:
         return
-    at = [(2 * i + 1) * length // (2 * rows) for i in range(rows)]
+    bounds = [i * length // rows for i in range(rows + 1)]
+    shares = [(i * (5**0.5 - 1) / 2 + 0.5) % 1 for i in range(rows)]
+    at = [int(a + s * (b - a)) for a, b, s in zip(bounds, bounds[1:], shares, strict=False)]
     taken = dict(arguments, query=arguments["query"][:, :, at])
     if (mask := arguments["mask"]) is not None and mask.shape[-2] == length:
         taken["mask"] = mask[..., at, :]
@@ -123,6 +125,16 @@ def test_a_sample_of_rows_is_close_and_blocks_do_not_matter(monkeypatch):
     assert sampled["entropy"] == pytest.approx(exact["entropy"], rel=3e-3)
     monkeypatch.setattr("bthooks.scores._BLOCK", {"cpu": 10_000})
     assert_near(whole(sums_of_query_key(q, k, is_causal=True)), exact, 1e-5)
+
+
+@pytest.mark.parametrize("period", [8, 16, 24, 32, 64, 128])
+def test_a_sample_does_not_fall_in_step_with_packed_samples(period):
+    q, k = torch.randn(1, 2, 2048, 16), torch.randn(1, 2, 2048, 16)
+    sample = torch.arange(2048) // period
+    mask = (sample[:, None] == sample) & torch.ones(2048, 2048, dtype=torch.bool).tril()
+    exact = whole(sums_of_query_key(q, k, mask=mask[None, None]))
+    sampled = whole(sums_of_query_key(q, k, mask=mask[None, None], rows=128))
+    assert sampled["entropy"] == pytest.approx(exact["entropy"], rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

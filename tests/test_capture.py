@@ -216,6 +216,39 @@ def test_inductor_keeps_its_graph_and_what_it_fuses_away_is_said(kind, tmp_path)
         assert found == pytest.approx(truth, abs=1e-4)
 
 
+def test_a_compiled_module_without_a_map_is_named_beside_others(tmp_path):
+    torch._dynamo.reset()
+    model = nn.Sequential(SelfAttention(), Softmax()).eval()
+    model[1].compile(backend="inductor")
+    with attach(model, tmp_path, every=1) as handle, torch.no_grad():
+        model(batch(0)[0])
+    report = handle.report()
+    assert report.captured["attention"] == ("0",)
+    assert "fused with its neighbours" in report.missed["attention of 1"]
+
+
+def test_fake_tensors_inside_a_forward_cost_no_other_number(tmp_path):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    class Estimates(SelfAttention):
+        def forward(self, x):
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                q = torch.randn(1, 2, 3, 4)
+                F.scaled_dot_product_attention(q, q, q)
+            return super().forward(x)
+
+    model, (x, _) = Estimates(), batch(0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    handle = attach(model, tmp_path, every=1)
+    with pytest.warns(RuntimeWarning, match="attention of root"):
+        model(x).sum().backward()
+    optimizer.step()
+    handle.detach()
+    run = read(tmp_path)
+    assert "gradients/total_norm" in run.scalars
+    assert "attention/entropy/root" in run.scalars
+
+
 def called_inside(model, x):
     return model.blocks[0](x)
 
@@ -247,20 +280,39 @@ def test_a_selection_without_attention_is_said(tmp_path):
     assert report.missed.keys() == {"attention of blocks.?.mlp.*"}
 
 
+TABLE, PLACES = torch.randn(8, 8, 8), torch.randn(8, 5)
+MODS = {  # with what they add to the scores (8, 8, 8), heads first
+    "table alone": (lambda score, b, h, i, j: TABLE[0][i, j], None),
+    "table": (lambda score, b, h, i, j: score + TABLE[h][i][j], TABLE),
+    "row of a table": (lambda score, b, h, i, j: score + TABLE[0][i][j], TABLE[:1]),
+    "product": (
+        lambda score, b, h, i, j: score + (PLACES[i] * PLACES[j]).sum(),
+        (PLACES @ PLACES.T)[None],
+    ),
+    "dot": (
+        lambda score, b, h, i, j: score + torch.dot(PLACES[i], PLACES[j]),
+        (PLACES @ PLACES.T)[None],
+    ),
+}
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_flex_attention_by_a_table_alone(tmp_path):
+@pytest.mark.parametrize("mod", MODS)
+def test_score_functions_of_one_score_at_a_time(mod, tmp_path):
     from torch.nn.attention.flex_attention import flex_attention
 
-    table, q = torch.randn(16, 16), torch.randn(2, 4, 16, 8)
+    function, added = MODS[mod]
+    q = torch.randn(2, 8, 8, 4)
     model = nn.Module()
-    model.forward = lambda q: flex_attention(q, q, q, lambda score, b, h, i, j: table[i, j])
-    kept = table.clone()
-    expected = model(q)
+    model.forward = lambda q: flex_attention(q, q, q, function)
+    kept, expected = TABLE.clone(), model(q)
     with attach(model, tmp_path, every=1, on_error="raise"):
         assert torch.equal(model(q), expected)
-    assert torch.equal(table, kept)
+    assert torch.equal(TABLE, kept)
+    scores = q.double() @ q.double().mT / 2
+    scores = (scores + added) if added is not None else TABLE[0].double().expand(scores.shape)
     found = read(tmp_path).value("attention/entropy/root", 0)
-    assert found == pytest.approx(entropy(table.double().softmax(-1)), abs=1e-5)
+    assert found == pytest.approx(entropy(scores.softmax(-1)), abs=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")

@@ -105,6 +105,11 @@ class Explicit(nn.Module):
             y = (weights @ v.flatten(0, 1)).unflatten(0, (b, -1))
             scores.copy_(torch.rand(length, length))  # no scores any more
             y = y + (scores.softmax(-1) @ v.flatten(0, 1)).unflatten(0, (b, -1))
+        elif self.kind == "into itself":
+            with torch.no_grad():
+                scores = q @ k.mT / 2
+                weights = self.keep(torch.softmax(scores, -1, out=scores))
+            y = weights @ v
         elif self.kind == "logsumexp":
             scores = torch.max(q @ k.mT, torch.tensor(-50.0)).masked_fill(hidden, -1e9)
             weights = self.keep((scores - scores.logsumexp(-1, keepdim=True)).exp())
@@ -137,6 +142,7 @@ KINDS = [
     "one head", "sinks", "twice", "math", "re-attention", "convolved heads", "distances",
     "written out", "written out in place", "logsumexp", "log softmax", "one key",
     "local and global", "masked once raised", "masked once normal", "in a buffer",
+    "into itself",
 ]  # fmt: skip
 CONTEXTS = {"train": contextlib.nullcontext, "eval": torch.no_grad, "infer": torch.inference_mode}
 

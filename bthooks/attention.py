@@ -26,6 +26,7 @@ STATISTICS = (
     "dead_rows",
 )
 
+_FAR = -5e3  # a score that far below the largest of its row is one that was hidden
 _ADDED = 10  # the sums that merge by adding; the last two are maxima
 
 
@@ -120,8 +121,10 @@ def sums_of_query_key(
 def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | None = None) -> Tensor:
     """The sums of one map from the scores `(..., heads, L, S)` of its softmax: `(heads, 12)`.
 
-    A key that is not seen has a score of -1e4 or below. Columns outside `keys` are sinks: they
-    take their share of the softmax and are no keys. `rows` as in `sums_of_query_key`.
+    A key that is not seen has a score 5e3 or more below the largest of its row; a row sees none
+    where all are -1e4 or below and as good as equal: what was added to them has swallowed them.
+    Columns outside `keys` are sinks: they take their share of the softmax and are no keys. `rows`
+    as in `sums_of_query_key`.
     """
     if scores.is_nested:
         return reduce(
@@ -137,6 +140,13 @@ def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | Non
             _sums_of_block(F.threshold(block, BLOCKED, -torch.inf, inplace=True), keys=keys)
         )
     return reduce(merge, sums)
+
+
+def _without_dead(scores: Tensor) -> Tensor:
+    """The scores, -inf where a row sees no key; overwritten."""
+    top, low = scores.amax(-1, keepdim=True), scores.amin(-1, keepdim=True)
+    dead = (top <= BLOCKED) & (top - low <= 1e-3 * top.abs())
+    return scores.masked_fill_(dead, -torch.inf)
 
 
 def _with_heads(values: Tensor) -> Tensor:
@@ -169,7 +179,7 @@ def _sums_of_block(
         z, p = z[..., keys], p[..., keys]
         logit = logit + z.amax(-1)
     if visible is None:
-        visible = seen(z)
+        visible = seen(F.threshold(z, _FAR, -torch.inf))
     total = p.sum(-1)  # 1, but for sinks
     largest, squares, first = p.amax(-1), torch.linalg.vector_norm(p, dim=-1).square(), p[..., 0]
     # log Z - E[z] with z = score - max: no cancellation of large scores, as lse - E[score] has.

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bthooks import attention_stats
-from bthooks.attention import finalize, merge, sums_of_query_key, sums_of_weights, whole
+from bthooks.attention import (
+    finalize,
+    merge,
+    sums_of_query_key,
+    sums_of_scores,
+    sums_of_weights,
+    whole,
+)
 
 
 def reference(query, key, *, mask=None, is_causal=False, scale=None):
@@ -176,6 +183,27 @@ def test_rows_that_see_no_key_are_left_out_and_counted(row):
     assert stats["entropy"].item() == pytest.approx(1.0397207708399179)
     assert stats["dead_rows"].item() == 0.5
     assert whole(sums_of_weights(torch.tensor([[[row]]]))) == {"dead_rows": 1.0}
+
+
+@pytest.mark.parametrize("shift", [0.0, -2.5e4, 2.5e4])
+def test_large_logits_are_no_hidden_keys(shift):
+    scores = torch.randn(2, 3, 5, 7, dtype=torch.float64) * 30 + shift
+    expected = reference_of_scores(scores)
+    found = whole(sums_of_scores(scores))
+    assert_near({name: found[name] for name in expected}, expected, 1e-6)
+    hidden = torch.rand(5, 7) < 0.4
+    hidden[:, 0] = False
+    expected = reference_of_scores((scores - shift).masked_fill(hidden, -torch.inf))
+    found = whole(sums_of_scores((scores - shift).float() + hidden * -10000.0))
+    assert_near({name: found[name] for name in expected}, expected, 1e-3)
+
+
+def reference_of_scores(scores):
+    p = scores.softmax(-1)
+    rows = torch.special.entr(p).sum(-1)
+    seen = (scores > -torch.inf).sum(-1)
+    normalized = (rows / seen.log())[seen > 1].mean().item()
+    return {"entropy": rows.mean().item(), "entropy_normalized": normalized, "dead_rows": 0.0}
 
 
 def test_one_hot_rows_have_entropy_zero_in_every_dtype():

@@ -136,9 +136,7 @@ def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | Non
     sums: list[Tensor] = []
     for at, _ in row_blocks(length, rows, batch * heads * columns, scores.device):
         block = scores.index_select(-2, at).to(dtype)  # (B, H, r, S)
-        sums.append(
-            _sums_of_block(F.threshold(block, BLOCKED, -torch.inf, inplace=True), keys=keys)
-        )
+        sums.append(_sums_of_block(_without_dead(block), keys=keys))
     return reduce(merge, sums)
 
 

@@ -122,7 +122,7 @@ def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | Non
     """The sums of one map from the scores `(..., heads, L, S)` of its softmax: `(heads, 12)`.
 
     A key that is not seen has a score 5e3 or more below the largest of its row; a row sees none
-    where all are -1e4 or below and as good as equal: what was added to them has swallowed them.
+    where all are -1e4 or below and equal, what was added to them having swallowed them.
     Columns outside `keys` are sinks: they take their share of the softmax and are no keys. `rows`
     as in `sums_of_query_key`.
     """
@@ -143,7 +143,9 @@ def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | Non
 def _without_dead(scores: Tensor) -> Tensor:
     """The scores, -inf where a row sees no key; overwritten."""
     top, low = scores.amax(-1, keepdim=True), scores.amin(-1, keepdim=True)
-    dead = (top <= BLOCKED) & (top - low <= 1e-3 * top.abs())
+    # float16's least, -65504, keeps 5e-4 of itself as differences; others are equal.
+    swallowed = torch.where(top <= -6e4, 1e-3 * top.abs(), 0)
+    dead = (top <= BLOCKED) & (top - low <= swallowed)
     return scores.masked_fill_(dead, -torch.inf)
 
 

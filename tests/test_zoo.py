@@ -76,3 +76,26 @@ def test_every_map_of_a_torch_model_is_found_and_true(name, context, tmp_path):
     start = "attention/entropy/" if context == "train" else "val/attention/entropy/"
     found = read(tmp_path).group(start, 0)
     assert list(found.values()) == pytest.approx(truth, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Llama", "T5"])
+def test_generate_goes_on_as_without_us(name, tmp_path):
+    configuration = getattr(transformers, f"{name}Config")(**zoo.ZOO[name])
+    kind = transformers.AutoModelForSeq2SeqLM if name == "T5" else transformers.AutoModelForCausalLM
+    torch.manual_seed(0)
+    model = kind.from_config(configuration).eval()
+    tokens = torch.randint(3, 99, (2, 6))
+    arguments = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": True, "pad_token_id": 2}
+
+    def generate():
+        torch.manual_seed(1)
+        return model.generate(tokens, attention_mask=torch.ones_like(tokens), **arguments)
+
+    plain = generate()
+    state = torch.get_rng_state()
+    with attach(model, tmp_path, every=1, on_error="raise") as handle:
+        assert torch.equal(generate(), plain)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert handle.report().captured["attention"]
+    points = read(tmp_path).scalars["val/attention/mean_entropy"]
+    assert [step for step, _ in points] == [0, 1, 2, 3, 4]

@@ -1,12 +1,12 @@
 """Report: what was captured, and what was not and why. Nothing is left unsaid, or said twice."""
 
 import contextlib
-import fnmatch
 import threading
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from .names import selector
 from .uncertainty import KEYS
 
 _COMPILED = (
@@ -136,5 +136,5 @@ def unattended(globs: Iterable[str], paths: Iterable[str], seen: Iterable[str]) 
             "a module around them did"
         )
         for glob in globs
-        if fnmatch.filter(paths, glob) and not fnmatch.filter(seen, glob)
+        if any(map(selector(glob), paths)) and not any(map(selector(glob), seen))
     }

@@ -21,17 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import bthooks
-from tests.models import Transformer
+from tests.models import Transformer, without_dropout
 
 PARTS = 2
 
 
 def network():
     torch.manual_seed(0)
-    model = Transformer()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    model = without_dropout(Transformer())
     model.unused = nn.Linear(3, 3)
     return model
 

@@ -10,7 +10,6 @@ import pytorch_lightning as lightning
 import torch
 import transformers
 from ignite.engine import Engine, create_supervised_trainer
-from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from bthooks import attach
 
 from .conftest import read
-from .models import Transformer
+from .models import Transformer, without_dropout
 
 
 class Classifier(Transformer):
@@ -33,11 +32,7 @@ class Classifier(Transformer):
 
 def network():
     torch.manual_seed(0)
-    model = Classifier()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
+    return without_dropout(Classifier())
 
 
 def samples(count=24):

@@ -1,5 +1,6 @@
 """bthooks: true attention, gradient and uncertainty numbers from an unmodified PyTorch model."""
 
+from .alerts import Alert
 from .attach import attach
 from .attention import attention_stats
 from .gradients import gradient_norms
@@ -20,6 +21,7 @@ from .report import Report
 from .writers import Writer, make_writer
 
 __all__ = [
+    "Alert",
     "Handle",
     "Histogram",
     "Report",

@@ -3,13 +3,14 @@
 import operator
 import os
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from .alerts import Alert
 from .handle import KINDS, ON_REQUEST, Handle, attachments
 from .names import Selector, globs, selector, tag
 from .steps import Cadence
@@ -28,6 +29,7 @@ def attach(
     include: Selector = None,
     prefix: str = "",
     step: int = 0,
+    on_alert: Callable[[Alert], object] | None = None,
     on_error: Literal["warn", "raise"] = "warn",
 ) -> Handle:
     """Log what `model` does in training from now on; no further call is needed.
@@ -44,6 +46,7 @@ def attach(
         include: which module paths and parameter names: a glob, several, or a function.
         prefix: joined in front of every tag with "/".
         step: the number of the first step.
+        on_alert: called with each `Alert`, which is also warned of, and in `Handle.alerts`.
         on_error: "warn" says once what could not be measured; "raise" is for tests.
 
     | tag | what |
@@ -61,6 +64,8 @@ def attach(
     | `uncertainty/<kind>`, `uncertainty/distribution/<kind>` | of what the model's output holds |
     | `parameters/<name>`, `gradients/distribution/<name>` | histograms |
     | `activations/<module>` | histograms ("activations") |
+    | `health/nonfinite/<kind>/<name>` | values in a histogram that were not finite, unless none |
+    | `health/alerts` | text: what began to be wrong, as the first module that is not finite |
     | `val/...` | the same of the first forward in eval mode after a step |
 
     >>> model = nn.Linear(2, 2)
@@ -92,6 +97,8 @@ def attach(
         raise ValueError(f"attach: step={step!r}: expected a whole number from 0, below 2**62")
     if not isinstance(prefix, str):
         raise TypeError(f"attach: prefix is a str, got {prefix!r}")
+    if on_alert is not None and not callable(on_alert):
+        raise TypeError(f"attach: on_alert is a function of an Alert, got {on_alert!r}")
     if on_error not in ("warn", "raise"):
         raise ValueError(f'attach: on_error={on_error!r}: expected "warn" or "raise"')
     check_backend(backend)
@@ -137,6 +144,7 @@ def attach(
         rows=attention_rows,
         cadences=(every, histograms_every),
         step=step,
+        on_alert=on_alert,
         strict=on_error == "raise",
     )
 

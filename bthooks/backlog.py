@@ -8,17 +8,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-_MOMENT = 0.05  # seconds that an event is waited for
+PATIENCE = 10.0  # seconds that a writer is waited for
+_MOMENT = 0.05  # and an event
 
 
-def wait_for_room(file_writer: Any, patience: float) -> None:
+def wait_for_room(file_writer: Any, patient: bool = True) -> None:
     """Wait until one more event can be given to `file_writer` without waiting.
 
     Raises:
-        OSError: its thread has ended, or has taken nothing for `patience` seconds.
+        OSError: its thread has ended, or has taken nothing for ten seconds (if not `patient`, now).
     """
     queue, thread = _behind(file_writer)
-    until = time.monotonic() + patience
+    until = time.monotonic() + PATIENCE * patient
     while queue is not None and thread is not None:
         if not thread.is_alive():
             if hasattr(queue, "cancel_join_thread"):
@@ -28,7 +29,7 @@ def wait_for_room(file_writer: Any, patience: float) -> None:
         if not queue.full():
             return
         if time.monotonic() > until:
-            raise OSError(f"the writer takes nothing any more, {patience:.0f} s were waited")
+            raise OSError("the writer's thread takes nothing any more: does the disk hang?")
         time.sleep(0.01)
 
 

@@ -4,6 +4,7 @@ In: the calls of the model. Out: the readings of training forwards in `pool`, un
 step that they belong to; those of eval forwards in the outbox.
 """
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Collection
@@ -51,6 +52,7 @@ class Forwards:
     ) -> None:
         self._root, self._open, self._kinds = root, window, kinds
         self._steps, self._optimizers, self._updates = steps, optimizers, updates
+        self._process = os.getpid()  # a forked child has the hooks, and no writer's thread
         self._outbox, self._ledger = outbox, ledger
         self.watch = any(steps.due_next)
         self.calls = 0
@@ -74,6 +76,8 @@ class Forwards:
     def before(self, root: nn.Module, args: Any) -> None:
         """The pre-hook of `root`."""
         if torch.compiler.is_compiling() or root is not self._root():
+            return
+        if os.getpid() != self._process:
             return
         self.calls += 1
         window, steps = self._window, self._steps
@@ -128,6 +132,8 @@ class Forwards:
 
     def _keep(self, window: Window, batch: Batch, output: Any) -> None:
         readings = batch.readings
+        with self._ledger.guard("finite values"):
+            readings.forwards = [window.trail.ended(output)]
         readings.attention = window.maps()
         readings.histograms = {f"activations/{p}": h for p, h in window.activations.items()}
         self._ledger.captured("attention", readings.attention)

@@ -25,6 +25,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from .alerts import Alert
 from .forwards import Forwards
 from .hook import Hook
 from .names import module_names, parameter_names
@@ -60,6 +61,7 @@ class Handle:
         rows: int | None,
         cadences: tuple[Cadence, Cadence],
         step: int,
+        on_alert: Callable[[Alert], object] | None,
         strict: bool,
     ) -> None:
         self.target, self.prefix = target, prefix
@@ -68,7 +70,7 @@ class Handle:
         self._asked = capture is not None
         self._selected, self._globs = selected, globs
         self._ledger = Ledger(strict)
-        self._process = os.getpid()
+        self._process = os.getpid()  # a forked child has the hooks, and no writer's thread
         self._steps = Steps(step, cadences, self._ledger.failed)
         self._optimizers = Optimizers()
 
@@ -79,7 +81,7 @@ class Handle:
         self.writer: Any = None if isinstance(target, Path) else target
         if self._opened:
             self.writer = open_writer(target, backend)
-        self._outbox = Outbox(self.writer, prefix, self._ledger)
+        self._outbox = Outbox(self.writer, prefix, on_alert, self._ledger)
         self._updates = Updates(selected, self._kinds, self._ledger)
         self._forwards = Forwards(
             self._root,
@@ -122,6 +124,11 @@ class Handle:
         """The number of the next step: `step=` and the rounds begun since."""
         steps = self._steps
         return steps.number if steps.rounds else steps.number + steps.inferences
+
+    @property
+    def alerts(self) -> tuple[Alert, ...]:
+        """What began to be wrong so far, in the order in which it was seen."""
+        return tuple(self._outbox.alerts)
 
     def advance(self) -> None:
         """Say, after it, that an optimizer stepped that is no `torch.optim.Optimizer`."""
@@ -167,7 +174,7 @@ class Handle:
         if not self._handles:
             return
         handles, self._handles = self._handles, []
-        if os.getpid() != self._process:  # a forked child has the hooks, and no writer's thread
+        if os.getpid() != self._process:
             return
         if self._forwards.is_elsewhere():
             self._forwards.last_handle = handles.pop(1)  # that forward ends with this hook
@@ -206,8 +213,15 @@ class Handle:
             return self._optimizers.index(optimizer, self._root())
         return None
 
+    def _is_on(self) -> bool:
+        return (
+            not torch.compiler.is_compiling()
+            and bool(self._handles)
+            and os.getpid() == self._process
+        )
+
     def _before_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling() or not self._handles:
+        if not self._is_on():
             return
         if self._index(optimizer) is not None:
             steps = self._steps
@@ -217,7 +231,7 @@ class Handle:
                 self._updates.remember(root, optimizer)
 
     def _after_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling() or not self._handles:
+        if not self._is_on():
             return
         index = self._index(optimizer)
         if index is not None:

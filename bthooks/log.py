@@ -24,7 +24,14 @@ from .checks import (
 from .gradients import gradient_norms
 from .histograms import histogram
 from .names import parameter_names, tag
-from .readings import Readings, compose, learning_rates, parameter_histograms, uncertainties
+from .readings import (
+    Readings,
+    compose,
+    learning_rates,
+    parameter_histograms,
+    read,
+    uncertainties,
+)
 from .sharded import is_sharded
 from .writers import Event, Writer, prefixed, write, write_hparams
 
@@ -139,7 +146,7 @@ def log_attention_stats(
         return
     attention_weights = checked_weights(attention_weights)
     readings = Readings(attention={name: sums_of_weights(attention_weights)})
-    event = compose(readings)
+    event = compose(read(readings))
     if attention_entropy is not None:
         entropy = torch.as_tensor(attention_entropy).double().mean().item()
         if not entropy >= 0:
@@ -169,6 +176,7 @@ def log_uncertainty_metrics(
     | `uncertainty/epistemic`, `uncertainty/aleatoric` | the mean |
     | `uncertainty/total` | the mean of their sum, where both are given |
     | `uncertainty/distribution/<kind>` | histogram |
+    | `health/nonfinite/uncertainty/<kind>` | how many were not finite, unless none |
 
     >>> log_uncertainty_metrics(writer, torch.rand(32), step=0, aleatoric=torch.rand(32))
     """
@@ -271,7 +279,7 @@ def log_hparams(
         if not isinstance(given, Mapping):
             raise TypeError(f"log_hparams: {what} are a dict, got {type(given).__name__}")
     numbers = {name: checked_number("log_hparams", name, value) for name, value in metrics.items()}
-    event = compose(Readings(numbers))
+    event = compose(read(Readings(numbers)))
     write_hparams(
         writer,
         {str(name): checked_hparam(value) for name, value in hparams.items()},
@@ -280,4 +288,4 @@ def log_hparams(
 
 
 def _record(writer: Writer | None, readings: Readings, step: int, prefix: str) -> None:
-    write(writer, prefixed(compose(readings), prefix), checked_step(step))
+    write(writer, prefixed(compose(read(readings)), prefix), checked_step(step))

@@ -4,11 +4,13 @@ In: readings by number. Out: one event per number and prefix.
 """
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .alerts import Alert, Episodes
 from .names import tag
-from .readings import Readings, compose
+from .readings import Readings, compose, read
 from .report import Ledger
 from .scaling import Skips, is_any_scaler
 from .steps import Due
@@ -30,11 +32,20 @@ class Outbox:
 
     Args:
         prefix: in front of every tag.
-        ledger: told what can't be written.
+        on_alert: called with each alert.
+        ledger: told what can't be written, and the alerts.
     """
 
-    def __init__(self, writer: Any, prefix: str, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        writer: Any,
+        prefix: str,
+        on_alert: Callable[[Alert], object] | None,
+        ledger: Ledger,
+    ) -> None:
         self._writer, self._prefix, self._ledger = writer, prefix, ledger
+        self._on_alert, self._episodes = on_alert, Episodes()
+        self.alerts: list[Alert] = []
         self.skips = Skips()
         self._scalers: bool | None = None  # whether there is any
         self._waiting: list[Batch] = []
@@ -54,14 +65,16 @@ class Outbox:
     def _send(self, waiting: list[Batch]) -> None:
         for batch in waiting:
             readings, batch.readings = batch.readings, Readings()
-            if self._writer is None or not is_main_rank():
-                continue
             try:
+                readings = read(readings)
                 event = compose(readings, model=True, images=batch.due.histograms, skips=self.skips)
+                for alert in self._episodes.judge(readings.forwards, batch.number, batch.prefix):
+                    self._tell(alert)
+                    event.texts["health/alerts"] = str(alert)
                 self._without_scaled(readings, event)
                 event = prefixed(event, tag(self._prefix, batch.prefix))
-                patience = 0.0 if self._lost else 10.0
-                write(self._writer, self._unwritten(event, batch.number), batch.number, patience)
+                event = self._unwritten(event, batch.number)
+                write(self._writer, event, batch.number, patient=not self._lost)
             except Exception as error:
                 self._lost.append(batch.number)
                 self._ledger.failed("event file", error)
@@ -87,6 +100,13 @@ class Outbox:
                 "left out: the gradients at the end of backward() seem to be those of a scaled "
                 "loss, and the optimizer was not called by scaler.step(optimizer)",
             )
+
+    def _tell(self, alert: Alert) -> None:
+        self.alerts.append(alert)
+        self._ledger.warn(str(alert))
+        if self._on_alert is not None:
+            with self._ledger.guard("on_alert"):
+                self._on_alert(alert)
 
     def flush(self) -> None:
         """Write what waits, to the disk."""

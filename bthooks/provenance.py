@@ -9,8 +9,7 @@ So a router, a codebook or a vocabulary is none: the one factor is a parameter, 
 parameters (Bayesian layers, adapters, weight norms), or the softmax enters no product.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import _pop_mode, _push_mode
 
 from .attention import sums_of_scores, sums_of_weights
 from .operators import CONVOLUTIONS, FILLING, LOG_SOFTMAX, PRODUCTS, SOFTMAX, Role
 from .operators import role as role_of
+from .stack import without_modes
 
 
 @dataclass(frozen=True)
@@ -66,17 +65,6 @@ class _Norm:
 
 
 _Mark = _Parameter | _Constant | _Scores | _Weights | _Norm
-
-
-@contextlib.contextmanager
-def without_modes() -> Iterator[None]:
-    """No dispatch mode sees what runs inside: a FLOP counter counts the model and none of ours."""
-    modes = [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
-    try:
-        yield
-    finally:
-        for mode in reversed(modes):
-            _push_mode(mode)
 
 
 class Provenance:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import attention, gradients
+from .finite import Flags
 from .histograms import Histogram, histogram
 from .images import heat_map
 from .names import distinct
@@ -18,7 +19,8 @@ from .scaling import Scaling, Skips
 from .sharded import readable
 from .writers import Event, to_host
 
-_SAMPLES = 1 << 20
+# Of forwards without end, and no optimizer step.
+_SAMPLES, _FORWARDS = 1 << 20, 64
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Readings:
     attention: dict[str, Tensor] = field(default_factory=dict)  # module path -> (heads, 12)
     histograms: dict[str, Histogram] = field(default_factory=dict)  # tag -> buckets
     samples: dict[str, Tensor] = field(default_factory=dict)  # tag -> (n,), drawn as histogram
+    forwards: list[Flags] = field(default_factory=list)  # what is not finite in each
 
     def merge(self, other: "Readings") -> None:
         """Take in what another forward or optimizer brought to the same step."""
@@ -45,8 +48,9 @@ class Readings:
             mine = self.samples.get(tag)
             if mine is None:
                 self.samples[tag] = values
-            elif mine.numel() < _SAMPLES:  # forwards without end, and no optimizer step
+            elif mine.numel() < _SAMPLES:
                 self.samples[tag] = torch.cat([mine, values])
+        self.forwards += other.forwards[: _FORWARDS - len(self.forwards)]
         self.scalars |= other.scalars
         self.norms |= other.norms
         self.unclipped |= other.unclipped
@@ -54,38 +58,53 @@ class Readings:
         self.histograms |= other.histograms
 
 
+def read(readings: Readings) -> Readings:
+    """`readings` on the host, in float64: one device-to-host copy per device."""
+    histograms = readings.histograms | {
+        tag: histogram(values) for tag, values in readings.samples.items()
+    }
+    scalars = {tag: v for tag, v in readings.scalars.items() if isinstance(v, Tensor)}
+    by_name = (scalars, readings.means, readings.norms, readings.unclipped, readings.attention)
+    scaling = readings.scaling
+    tensors = [tensor for part in by_name for tensor in part.values()]
+    tensors += [tensor for part in histograms.values() for tensor in part]
+    tensors += [tensor for flags in readings.forwards for tensor in flags.tensors()]
+    tensors += [scaling.state] if scaling else []
+    host = iter(to_host(tensors))
+    scalars, means, norms, unclipped, maps = ({key: next(host) for key in p} for p in by_name)
+    return Readings(
+        readings.scalars | {tag: float(value) for tag, value in scalars.items()},
+        means,
+        norms,
+        unclipped,
+        attention=maps,
+        histograms={
+            tag: Histogram(*(next(host) for _ in part)) for tag, part in histograms.items()
+        },
+        forwards=[flags.on_host(host) for flags in readings.forwards],
+        scaling=scaling._replace(state=next(host)) if scaling else None,
+    )
+
+
 def compose(
     readings: Readings, *, model: bool = False, images: bool = False, skips: Skips | None = None
 ) -> Event:
-    """The event that `readings` amount to: one device-to-host copy per device, then floats.
+    """The event that `readings`, which are on the host, amount to.
 
     Args:
         model: the readings are of all layers: with the figures over them.
         images: with the heat map of all heads.
         skips: what counts the steps that a loss scaler skipped.
     """
-    histograms = readings.histograms | {
-        tag: histogram(values) for tag, values in readings.samples.items()
-    }
-    tensors = [value for value in readings.scalars.values() if isinstance(value, Tensor)]
-    tensors += [*readings.means.values(), *readings.norms.values(), *readings.unclipped.values()]
-    tensors += [readings.scaling.state] if readings.scaling else []
-    tensors += readings.attention.values()
-    host = iter(to_host([*tensors, *(part for h in histograms.values() for part in h)]))
-
-    scalars = {
-        tag: next(host).item() if isinstance(value, Tensor) else value
-        for tag, value in readings.scalars.items()
-    }
-    for tag in readings.means:
-        total, count = next(host).tolist()
+    scalars = {tag: float(value) for tag, value in readings.scalars.items()}
+    for tag, (total, count) in readings.means.items():
         if count:
-            scalars[tag] = total / count
-    norms = {name: next(host).item() for name in readings.norms}
-    unclipped = {name: next(host).item() for name in readings.unclipped}
+            scalars[tag] = float(total / count)
+    norms = {name: float(norm) for name, norm in readings.norms.items()}
+    unclipped = {name: float(norm) for name, norm in readings.unclipped.items()}
     scale = 1.0
     if readings.scaling is not None:
-        scale, clean, overflow = next(host).tolist()
+        scale, clean, overflow = map(float, readings.scaling.state)
         if skips is not None:
             scalars["gradients/skipped_steps"] = skips.look(readings.scaling, scale, clean)
         if overflow:  # a fused optimizer was called, and did nothing
@@ -95,22 +114,20 @@ def compose(
     scalars |= {f"gradients/norm/{name}": norm for name, norm in norms.items() if not norm < 0}
     summary = gradients.summarize(norms, unclipped, scale)
     scalars |= {f"gradients/{name}": value for name, value in summary.items()}
-    maps = {path: next(host) for path in readings.attention}
-    stats = {path: attention.whole(sums) for path, sums in maps.items()}
+    stats = {path: attention.whole(sums) for path, sums in readings.attention.items()}
     for path, found in stats.items():
         scalars |= {f"attention/{name}/{path}": value for name, value in found.items()}
     entropies = [found["entropy"] for found in stats.values() if "entropy" in found]
     if model and entropies:
         scalars["attention/mean_entropy"] = sum(entropies) / len(entropies)
     drawn = {}
-    if images and maps:
-        rows = [attention.finalize(sums)["entropy"] for sums in maps.values()]
+    if images and stats:
+        rows = [attention.finalize(sums)["entropy"] for sums in readings.attention.values()]
         drawn["attention/head_entropy"] = heat_map(rows)
-    buckets = {tag: Histogram(*(next(host) for _ in Histogram._fields)) for tag in histograms}
-    for tag, histogram_ in buckets.items():
-        if nonfinite := histogram_.summary[5].item():
+    for tag, found_ in readings.histograms.items():
+        if nonfinite := float(found_.summary[5]):
             scalars[f"health/nonfinite/{tag.replace('/distribution', '', 1)}"] = nonfinite
-    return Event(scalars, buckets, drawn)
+    return Event(scalars, readings.histograms, drawn)
 
 
 def learning_rates(optimizer: Optimizer, index: int = 0) -> dict[str, Tensor | float]:

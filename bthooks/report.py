@@ -54,10 +54,13 @@ class Ledger:
         if site in self._said:
             return
         self._said[site] = why
+        self.warn(f"{site}: {why}")
+
+    def warn(self, text: str) -> None:
         # Where the user turns warnings into errors, the report is all that is left to us:
         # nothing of ours raises inside a training step.
         with contextlib.suppress(Warning):
-            warnings.warn(f"bthooks: {site}: {why}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"bthooks: {text}", RuntimeWarning, stacklevel=3)
 
     def note(self, site: str, why: str) -> None:
         """Put into the report what is known of `site` now, without a warning."""

@@ -1,8 +1,9 @@
-"""Stack: which modules and optimizers run in this thread, from its Python frames.
+"""Stack: which modules, optimizers and dispatch modes run in this thread.
 
-No hook, so nothing that would switch off a fast path or recompile a graph.
+From its Python frames: no hook, so nothing that would switch off a fast path or recompile a graph.
 """
 
+import contextlib
 import sys
 from collections.abc import Container, Iterator
 from types import FrameType
@@ -10,16 +11,18 @@ from types import FrameType
 import torch
 from torch import nn
 from torch.optim import optimizer
+from torch.utils._python_dispatch import _pop_mode, _push_mode
 
 _CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
 
 
-def innermost(modules: Container[nn.Module]) -> nn.Module | None:
-    """The innermost of `modules` that is called."""
-    for frame in frames():
-        if frame.f_code in _CALLS and frame.f_locals["self"] in modules:
-            module: nn.Module = frame.f_locals["self"]
-            return module
+def innermost(modules: Container[nn.Module]) -> tuple[nn.Module, int] | None:
+    """The innermost of `modules` that is called, and a number that tells its calls apart."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in _CALLS and (module := frame.f_locals["self"]) in modules:
+            return module, id(frame)
+        frame = frame.f_back
     return None
 
 
@@ -49,3 +52,14 @@ def frames() -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+@contextlib.contextmanager
+def without_modes() -> Iterator[None]:
+    """No dispatch mode sees what runs inside: a FLOP counter counts the model and none of ours."""
+    modes = [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)

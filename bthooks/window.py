@@ -1,6 +1,7 @@
 """Window: one observed forward of the model, with everything that is put on for it.
 
-In: the model, and which kinds are wanted. Out: attention sums and activations by module path.
+In: the model, and which kinds are wanted. Out: attention sums and activations by module path, and
+where what is not finite came from.
 """
 
 import functools
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .attention import merge
-from .capture import AttentionMode, leave
+from .capture import ForwardMode, leave
 from .histograms import Histogram, histogram
 from .hook import Hook
 from .names import module_names
 from .report import Ledger
 from .sharded import readable
+from .stack import without_modes
 
 
 class Window:
@@ -44,16 +46,15 @@ class Window:
         self._maps: dict[str, list[Tensor]] = {}
         self._averaged: set[str] = set()
         self._handles: list[RemovableHandle] = []
-        self._mode: AttentionMode | None = None
         paths = module_names(root)
-        if "attention" in kinds:
-            self._mode = AttentionMode(paths, self._map, rows, ledger)
+        found = self._map if "attention" in kinds else None
+        self._mode: ForwardMode | None = ForwardMode(paths, found, rows, ledger)
+        self.trail = self._mode.trail
         wanted = _observable(root) if "activations" in kinds else ()
         for module, path in [(m, paths[m]) for m in wanted if selected(paths[m])]:
             hook = Hook(self, functools.partial(self._activation, path))
             self._handles.append(module.register_forward_hook(hook))
-        if self._mode is not None:
-            self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch's, not annotated
+        self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch's, not annotated
 
     def is_alive(self) -> bool:
         """Whether the thread that opened it still runs."""
@@ -89,7 +90,8 @@ class Window:
         try:
             tensor = _first_tensor(output)
             if tensor is not None and path not in self.activations:
-                self.activations[path] = histogram(readable(tensor))
+                with without_modes():
+                    self.activations[path] = histogram(readable(tensor))
         except Exception as error:
             self._ledger.failed(f"activations of {path}", error)
 

@@ -153,13 +153,13 @@ def to_host(tensors: Iterable[Tensor]) -> list[Tensor]:
     return host
 
 
-def write(writer: Any, event: Event, step: int, patience: float = 10.0) -> None:
+def write(writer: Any, event: Event, step: int, patient: bool = True) -> None:
     """Write `event` as one event of the backend's own file writer; else by `add_*` calls.
 
     Nothing is written without a writer, or on a rank other than 0.
 
     Raises:
-        OSError: the writer takes nothing any more, for `patience` seconds.
+        OSError: the writer takes nothing any more, for ten seconds if `patient`.
     """
     if writer is None or not is_main_rank():
         return
@@ -187,7 +187,7 @@ def write(writer: Any, event: Event, step: int, patience: float = 10.0) -> None:
     for tag, text in event.texts.items():
         values.extend(summary.text(tag, text).value)
     if values:
-        _add(writer, package, summary.Summary(value=values), step, patience)
+        _add(writer, package, summary.Summary(value=values), step, patient)
 
 
 def close(writer: Any) -> None:
@@ -197,7 +197,7 @@ def close(writer: Any) -> None:
         OSError: it has.
     """
     if _package(writer, "close") is not None and writer.all_writers is not None:
-        wait_for_room(writer._get_file_writer(), 10.0)
+        wait_for_room(writer._get_file_writer())
     writer.close()
 
 
@@ -212,7 +212,7 @@ def write_hparams(writer: Any, hparams: dict[str, str | float], metrics: dict[st
     summary = importlib.import_module(f"{package}.summary")
     values = [value for part in summary.hparams(hparams, metrics) for value in part.value]
     values += [summary.Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
-    _add(writer, package, summary.Summary(value=values), 0, 10.0)
+    _add(writer, package, summary.Summary(value=values), 0)
 
 
 def is_main_rank() -> bool:
@@ -260,7 +260,7 @@ def _histogram_proto(summary: Any, arguments: Mapping[str, Any]) -> Any:
     return summary.HistogramProto(**{names.get(key, key): v for key, v in arguments.items()})
 
 
-def _add(writer: Any, package: str, summary: Any, step: int, patience: float) -> None:
+def _add(writer: Any, package: str, summary: Any, step: int, patient: bool = True) -> None:
     if writer.all_writers is None and (file := _newest_event_file(writer)):
         # A closed SummaryWriter opens a second event file; the event belongs in the first.
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -271,7 +271,7 @@ def _add(writer: Any, package: str, summary: Any, step: int, patience: float) ->
             RecordWriter(stream).write(event.SerializeToString())
     else:
         file_writer = writer._get_file_writer()
-        wait_for_room(file_writer, patience)
+        wait_for_room(file_writer, patient)
         settle(file_writer, lambda: file_writer.add_summary(summary, step))
 
 

@@ -20,7 +20,7 @@ from .models import Transformer, batch
 PACKAGE = Path(bthooks.__file__).parent
 MODULES = sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE)]))
 PURE = {"names", "fastpath", "fused", "images", "attention", "gradients", "histograms"}
-PURE |= {"scores", "sharded", "uncertainty"}
+PURE |= {"scores", "sharded", "uncertainty", "finite", "alerts"}
 ORDER = [  # a module imports those behind it only
     "attach",
     "handle",
@@ -28,10 +28,12 @@ ORDER = [  # a module imports those behind it only
     "forwards",
     "outbox",
     "updates",
+    "alerts",
     "readings",
     "scaling",
     "window",
     "capture",
+    "trail",
     "provenance",
     "operators",
     "report",
@@ -47,6 +49,7 @@ ORDER = [  # a module imports those behind it only
     "scores",
     "gradients",
     "sharded",
+    "finite",
     "images",
     "histograms",
     "uncertainty",
@@ -103,6 +106,7 @@ def test_imports_point_down(name):
             "re",
             "contextlib",
             "inspect",
+            "dataclasses",
         }
         assert ours <= PURE
 
@@ -137,7 +141,7 @@ CALLS = {
         w, torch.full((1, 2, 4, 4), 0.25), 0
     ),
     "log_uncertainty_metrics": lambda w: bthooks.log_uncertainty_metrics(
-        w, torch.ones(3), 0, aleatoric=torch.ones(3)
+        w, torch.ones(3), 0, aleatoric=torch.tensor([1.0, torch.nan, 1.0])
     ),
     "log_model_histograms": lambda w: bthooks.log_model_histograms(w, model_with_gradients(), 0),
     "log_activations": lambda w: bthooks.log_activations(
@@ -153,12 +157,15 @@ def attached(writer):
     kinds = (*bthooks.handle.KINDS, *bthooks.handle.ON_REQUEST)
     optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.blocks, model.head)]
     scaler = torch.amp.GradScaler("cpu")
-    with bthooks.attach(model, writer, capture=kinds):
+    with bthooks.attach(model, writer, capture=kinds) as handle:
         for optimizer in optimizers:
             scaler.scale(model(batch(0)[0])["logits"].sum()).backward()
             scaler.step(optimizer)
         model.eval()
+        model.head.weight.data[0, 0] = torch.nan
         model(batch(0)[0])
+        with pytest.warns(RuntimeWarning, match="nonfinite: head"):
+            handle.flush()
 
 
 @pytest.mark.parametrize("name", [*CALLS, "attach"])

@@ -351,3 +351,30 @@ def test_compiled_training_keeps_its_graphs(how, first, tmp_path):
         assert [step for step, _ in run.scalars[tag]] == steps
     names = ["root", "root/1"] if how == "whole" else ["blocks.0", "blocks.1"]
     assert list(run.group("attention/entropy/", 45)) == names
+
+
+def test_flattened_parameters_of_deepspeed_are_said(tmp_path):
+    class Engine(nn.Module):
+        """In the shape of deepspeed.DeepSpeedEngine, which needs several machines' compilers."""
+
+        __module__ = "deepspeed.runtime.engine"
+
+        def __init__(self):
+            super().__init__()
+            self.module = network()
+
+        def forward(self, x):
+            return self.module(x)
+
+    engine = Engine()
+    optimizer = torch.optim.SGD(engine.parameters(), 0.1)
+    with pytest.warns(RuntimeWarning, match="gradients: not measured under Engine") as caught:
+        handle = attach(engine, tmp_path, every=1)
+    for step in range(3):
+        loss_of(engine, step).backward()
+        optimizer.step()
+    handle.detach()
+    assert len(caught) == 1
+    scalars = read(tmp_path).scalars
+    assert [step for step, _ in scalars["learning_rate/0"]] == [0, 1, 2]
+    assert not any(tag.startswith("gradients/") for tag in scalars)

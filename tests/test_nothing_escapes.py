@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import enum
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 import warnings
 from collections import namedtuple
@@ -195,6 +197,65 @@ def test_a_writer_that_fails_does_not_stop_training(tmp_path):
     sites = [str(w.message).split(":")[1] for w in caught]
     assert len(sites) == len(set(sites))
     assert "event file" in handle.report().missed
+
+
+@pytest.mark.parametrize("backend", ["torch", "tensorboardX"])
+def test_a_writer_that_hangs_does_not_stop_training(backend, tmp_path, monkeypatch):
+    monkeypatch.setattr(bthooks.backlog, "PATIENCE", 0.3)
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    writer = bthooks.make_writer(tmp_path, "run", backend=backend)
+    event_writer = writer.file_writer.event_writer
+    stream = getattr(event_writer, "_ev_writer", None) or event_writer._async_writer._writer
+    name = "write_event" if backend == "tensorboardX" else "write"
+    write, goes_on = getattr(stream, name), threading.Event()
+    monkeypatch.setattr(stream, name, lambda data: goes_on.wait() and write(data))
+    handle = attach(model, writer, every=1)
+
+    def train():
+        for _ in range(50):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        handle.detach()
+
+    with pytest.warns(RuntimeWarning, match="does the disk hang") as caught:
+        train()
+    assert len(caught) == 1
+    missed = handle.report().missed["event file"]
+    (lost,) = re.findall(r"lost: (\d+) events of the steps \d+ to 49", missed)
+    goes_on.set()
+    writer.close()
+    written = [step for step, _ in read(tmp_path / "run").scalars["gradients/total_norm"]]
+    assert written == list(range(50 - int(lost)))
+
+
+FORKED = """
+import sys, torch, bthooks
+from torch.utils.data import DataLoader
+model = torch.nn.Linear(2, 2)
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+writer = bthooks.make_writer(sys.argv[1], "run", backend=sys.argv[2])
+class Embedded:
+    def __len__(self): return 12
+    def __getitem__(self, index): return model(torch.full((2,), float(index))).detach()
+with bthooks.attach(model, writer, every=1) as handle:
+    for _ in range(2):
+        for batch in DataLoader(Embedded(), 4, num_workers=2, multiprocessing_context="fork"):
+            model(batch).sum().backward()
+            optimizer.step()
+print(handle.step)
+writer.close()
+"""
+
+
+@pytest.mark.parametrize("backend", ["torch", "tensorboardX"])
+def test_a_forked_worker_may_run_the_model(backend, tmp_path):
+    command = [sys.executable, "-W", "error", "-c", FORKED, str(tmp_path), backend]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ran.stdout == "6\n", ran.stderr
+    assert "bthooks" not in ran.stderr
+    written = [step for step, _ in read(tmp_path / "run").scalars["gradients/total_norm"]]
+    assert written == list(range(6))
 
 
 FULL = """

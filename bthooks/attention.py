@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .scores import BLOCKED, row_blocks, score_blocks, seen
+from .scores import BLOCKED, row_blocks, score_blocks, seen, take
 
 STATISTICS = (
     "entropy",
@@ -73,13 +73,12 @@ def sums_of_weights(weights: Tensor, rows: int | None = None) -> Tensor:
     row_size = weights[:, :, 0].numel()
     sums: list[Tensor] = []
     for at, _ in row_blocks(weights.shape[-2], rows, row_size, weights.device):
-        w = weights.index_select(-2, at)
+        w = take(weights, at)
         w = w.to(torch.promote_types(w.dtype, torch.float32))
         alive = w.sum(-1) > 0  # (B, H, r); False for NaN too
         w = torch.where(alive[..., None], w, 0)
         block = _sums(
-            alive=alive,
-            visible=(w > 0).sum(-1),
+            visible=seen(torch.where(w > 0, 0, -torch.inf)),
             entropy=torch.special.entr(w).sum(-1),
             total=w.sum(-1),
             squares=w.square().sum(-1),
@@ -173,19 +172,18 @@ def _sums_of_block(
     top = scores.amax(-1, keepdim=True)  # (B, H, r, 1)
     z = scores.sub_(torch.where(top == -torch.inf, 0, top))
     p = z.softmax(-1)
-    log_norm = -p.amax(-1).log()  # (B, H, r): the largest weight is exp(0) / norm
-    logit = top[..., 0]
+    largest = p.amax(-1)  # (B, H, r)
+    log_norm = -largest.log()  # of the largest weight, which is exp(0) / norm
+    logit, total = top[..., 0], torch.ones_like(largest)
     if keys is not None:
         z, p = z[..., keys], p[..., keys]
-        logit = logit + z.amax(-1)
+        logit, total, largest = logit + z.amax(-1), p.sum(-1), p.amax(-1)
     if visible is None:
         visible = seen(F.threshold(z, _FAR, -torch.inf))
-    total = p.sum(-1)  # 1, but for sinks
-    largest, squares, first = p.amax(-1), torch.linalg.vector_norm(p, dim=-1).square(), p[..., 0]
+    squares, first = torch.linalg.vector_norm(p, dim=-1).square(), p[..., 0]
     # log Z - E[z] with z = score - max: no cancellation of large scores, as lse - E[score] has.
     entropy = total * log_norm - z.clamp_(min=-1e4).mul_(p).sum(-1)
     return _sums(
-        alive=(visible > 0).expand(total.shape),
         visible=visible.expand(total.shape),
         entropy=entropy.clamp_(min=0),
         total=total,
@@ -243,7 +241,6 @@ def _over_heads(sums: Tensor) -> Tensor:
 
 def _sums(
     *,
-    alive: Tensor,
     visible: Tensor,
     entropy: Tensor,
     total: Tensor,
@@ -253,21 +250,14 @@ def _sums(
     logit: Tensor,
     keys: int,
 ) -> Tensor:
-    """Over batch and rows: each argument is `(batch, heads, rows)`."""
-    pairs = alive & (visible > 1)
-    normalized = entropy / visible.clamp(min=2).log()
-    added = [
-        alive,
-        torch.where(alive, entropy, 0),
-        pairs,
-        torch.where(pairs, normalized, 0),
-        alive * keys,
-        torch.where(alive, total, 0),
-        torch.where(alive, squares, 0),
-        torch.where(alive, first, 0),
-        ~alive,
-        torch.ones_like(alive),
-    ]
-    largest, logit = (torch.where(alive, value, -torch.inf) for value in (largest, logit))
-    sums = torch.stack([value.to(entropy.dtype) for value in added]).sum((1, 3))  # (10, H)
-    return torch.cat([sums, torch.stack([largest, logit]).amax((1, 3))]).T
+    """Over batch and rows: each argument is `(batch, heads, rows)`; `visible` 0 in dead rows."""
+    alive, pairs = visible > 0, visible > 1
+    normalized = torch.where(pairs, entropy / visible.clamp(min=2).log(), 0)
+    ones = torch.ones_like(entropy)
+    added = torch.stack([ones, entropy, pairs.to(ones), normalized, total, squares, first])
+    added = torch.where(alive, added, 0).sum((1, 3))  # (7, H)
+    rows = torch.full_like(added[0], alive[:, 0].numel())
+    largest_, logit_ = torch.where(alive, torch.stack([largest, logit]), -torch.inf).amax((1, 3))
+    return torch.stack(
+        [*added[:4], added[0] * keys, *added[4:], rows - added[0], rows, largest_, logit_], dim=1
+    )

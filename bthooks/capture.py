@@ -1,7 +1,7 @@
-"""Capture: what the dispatcher sees during one forward, and which module ran it.
+"""Capture: the attention maps that the dispatcher sees during one forward, and who ran them.
 
 In: every operator that runs while the mode is entered; each passes through untouched.
-Out: the sums of each attention map, with the path of its module; the `Trail` of the forward.
+Out: the sums of each attention map, with the path of the module that ran it.
 
 In the manner of `torch.utils.flop_counter`. It sits below autograd and autocast, so that it sees
 the operators that really run, fast paths included, and changes none of them.
@@ -24,10 +24,9 @@ from torch.utils._python_dispatch import (
 )
 
 from . import fastpath, fused
-from .provenance import Provenance
+from .provenance import Provenance, without_modes
 from .report import Ledger
-from .stack import innermost, without_modes
-from .trail import Trail
+from .stack import innermost
 
 # Under inference_mode these arrive whole, and with them the attention that they are made of.
 _MADE_OF_OTHERS = (
@@ -42,13 +41,13 @@ _KERNELS = ("_flash_attention_forward", "_efficient_attention_forward", "_cudnn_
 _CHOOSING = (torch.ops.aten.linear.default, torch.ops.aten.matmul.default)
 
 
-class ForwardMode(TorchDispatchMode):
-    """Passes every operator through; reports the attention maps, follows what is not finite.
+class AttentionMode(TorchDispatchMode):
+    """Passes every operator through and reports the attention maps among them.
 
     Args:
         paths: the modules that a map may belong to, with their paths.
         found: called with the path of the innermost of them that ran the map, and its sums
-            `(heads, 12)`; None where attention is not wanted.
+            `(heads, 12)`.
         rows: the query rows per map that statistics are taken from; None takes all.
         ledger: told what could not be measured, and why.
     """
@@ -64,7 +63,7 @@ class ForwardMode(TorchDispatchMode):
     def __init__(
         self,
         paths: Mapping[nn.Module, str],
-        found: Callable[[str, Tensor], None] | None,
+        found: Callable[[str, Tensor], None],
         rows: int | None,
         ledger: Ledger,
     ) -> None:
@@ -74,7 +73,6 @@ class ForwardMode(TorchDispatchMode):
         parameters = (p for module in paths for p in module._parameters.values() if p is not None)
         buffers = (b for module in paths for b in module._buffers.values() if b is not None)
         self._provenance = Provenance(parameters, buffers, self._map, rows)
-        self.trail = Trail(paths)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -83,16 +81,10 @@ class ForwardMode(TorchDispatchMode):
         if func in _MADE_OF_OTHERS:
             with self:
                 return func.decompose(*args, **kwargs)
-        try:  # no guard: it takes 2 us, and there are hundreds of operators
-            self.trail.before(args)
-        except Exception as error:
-            self._ledger.failed("finite values", error)
         with _as_outside() if func in _CHOOSING else contextlib.nullcontext():
             output = func(*args, **kwargs)
         try:
-            self.trail.after(output)
-            if self._found is not None:
-                self._look(func, args, kwargs, output)
+            self._look(func, args, kwargs, output)
         except Exception as error:
             self._ledger.failed(f"attention of {func}", error)
         return output
@@ -100,7 +92,7 @@ class ForwardMode(TorchDispatchMode):
     def forget(self) -> None:
         """Let go of the model: the trace and the mode refer to each other."""
         self._paths = {}
-        del self._provenance, self.trail
+        del self._provenance
 
     def _look(self, func: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.is_meta:
@@ -138,14 +130,14 @@ class ForwardMode(TorchDispatchMode):
         return fused.sums_of_custom(given, output, rows=self._rows)
 
     def _map(self, sums: Tensor) -> None:
-        module, _ = innermost(self._paths) or (None, 0)
+        module = innermost(self._paths)
         if type(sums) is not Tensor:  # a fake one, or a DTensor: it would cost the whole event
             path = self._paths.get(module, "root") if module is not None else "root"
             self._ledger.say(f"attention of {path}", f"unsupported tensors: {type(sums).__name__}")
             return
         if isinstance(module, nn.TransformerEncoderLayer):
             module = module.self_attn  # whose forward the fast path does not call
-        if module is not None and self._found is not None:
+        if module is not None:
             self._found(self._paths[module], sums)
 
 

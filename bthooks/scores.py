@@ -54,14 +54,14 @@ def score_blocks(
         mask = mask.expand(*mask.shape[:-1], keys)
     for at, last in row_blocks(length, rows, batch * heads * keys, query.device):
         stop = min(keys, last + 1) if is_causal else keys
-        q = query.index_select(-2, at).to(dtype) * scale  # (B, H, r, d)
+        q = take(query, at).to(dtype) * scale  # (B, H, r, d)
         q = q.reshape(batch, key_heads, -1, width)  # (B, Hk, H / Hk r, d)
         scores = (q @ k[..., :stop]).view(batch, heads, len(at), stop)  # (B, H, r, S)
         column = torch.arange(stop, device=query.device)
-        visible: Tensor | None = torch.full_like(at, keys)
+        visible: Tensor | None = column.new_full((), keys)
         if mask is not None or is_causal:
             bias = _bias(mask, at, column, is_causal, dtype)
-            visible = seen(bias).expand(scores.shape[:-1])
+            visible = (at + 1).clamp(max=keys) if mask is None else seen(bias)
             scores += bias
         if score_mod is not None or mask_mod is not None:
             b, h = (torch.arange(n, device=query.device) for n in (batch, heads))
@@ -81,11 +81,16 @@ def _bias(
     bias = torch.zeros(1, len(column), dtype=dtype, device=at.device)
     if mask is not None:
         part = mask[..., : len(column)]
-        part = part if part.shape[-2] == 1 else part.index_select(-2, at)
+        part = part if part.shape[-2] == 1 else take(part, at)
         hidden = ~part if part.dtype == torch.bool else part <= BLOCKED
         bias = bias if part.dtype == torch.bool else part.to(dtype)
         bias = bias.masked_fill(hidden, -torch.inf)
     return bias.masked_fill(column > at[:, None], -torch.inf) if is_causal else bias
+
+
+def take(values: Tensor, at: Tensor) -> Tensor:
+    """The rows `at` of `values`, which are in order and none twice."""
+    return values if len(at) == values.shape[-2] else values.index_select(-2, at)
 
 
 def row_blocks(
@@ -100,7 +105,7 @@ def row_blocks(
         the rows, and an int that none of them is above.
     """
     taken = length if rows is None else min(rows, length)
-    block = min(_BLOCK.get(device.type, 1 << 22), max(1 << 18, row_size * length // 16))
+    block = min(_BLOCK.get(device.type, 1 << 22), max(1 << 20, row_size * length // 16))
     many = max(1, block // max(1, row_size))
     for start in range(0, taken, many):
         stop = min(taken, start + many)

@@ -3,10 +3,10 @@
 In: the readings of each number, on the host. Out: an `Alert` where an episode begins.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from .finite import Fault, Flags
+from .finite import Fault, Forward
 
 
 class Alert(NamedTuple):
@@ -31,9 +31,9 @@ class Episodes:
     def __init__(self) -> None:
         self._open: set[tuple[str, str]] = set()
 
-    def judge(self, forwards: Iterable[Flags], step: int, prefix: str) -> list[Alert]:
+    def judge(self, forwards: Iterable[Forward], step: int, prefix: str) -> list[Alert]:
         """The alerts that begin at `step`."""
-        faults = [flags.fault() for flags in forwards]
+        faults = [forward.fault() for forward in forwards]
         if not faults:
             return []
         fault = next((fault for fault in faults if fault), None)
@@ -49,10 +49,16 @@ class Episodes:
 def _nonfinite(fault: Fault, step: int) -> Alert:
     """The alert of a forward whose output is not finite."""
     if fault.names:
-        names = ", ".join(fault.names[:8]) + ", ..." * (len(fault.names) > 8)
-        message = f"its own parameters or buffers are not finite before the step: {names}"
-    elif fault.given:
-        message = "what it was given from outside the model is not finite: look at the data"
+        message = f"its own parameters or buffers are not finite: {_listed(fault.names)}"
+    elif fault.given == "not finite":
+        message = "what the model is given is not finite: look at the data"
     else:
         message = "the first module whose output is not finite, while its inputs are"
+        message += " but for -inf, as in a mask" * (fault.given == "masked")
+        if fault.compiled:
+            message += f"; it, or what is compiled in it: {_listed(fault.compiled)}"
     return Alert("nonfinite", fault.path, step, message)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + ", ..." * (len(names) > 8)

@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import (
 )
 
 from . import fastpath, fused
-from .provenance import Provenance, without_modes
+from .provenance import Provenance
 from .report import Ledger
-from .stack import innermost
+from .stack import innermost, without_modes
 
 # Under inference_mode these arrive whole, and with them the attention that they are made of.
 _MADE_OF_OTHERS = (

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from .outbox import Batch, Outbox
 from .readings import Readings, uncertainties
 from .report import Ledger
-from .stack import calls_on_stack, is_traced, steps_on_stack
+from .stack import calls_on_stack, is_traced, steps_on_stack, without_modes
 from .steps import Due, Optimizers, Probe, Steps
 from .uncertainty import find_uncertainties
 from .updates import Updates
@@ -73,7 +73,7 @@ class Forwards:
         """Whether another thread is inside an observed forward."""
         return self._window is not None and self._window.thread != threading.get_ident()
 
-    def before(self, root: nn.Module, args: Any) -> None:
+    def before(self, root: nn.Module, *given: Any) -> None:
         """The pre-hook of `root`."""
         if torch.compiler.is_compiling() or root is not self._root():
             return
@@ -93,16 +93,16 @@ class Forwards:
             if not training:
                 number = steps.eval_number()
                 due = Due(True, steps.due.histograms) if steps.rounds else steps.due_at(number)
-                self._open_window(root, Batch(number, due, "val"))
+                self._open_window(root, Batch(number, due, "val"), given)
             elif not self._moved_unseen(root):
                 due = Due(
                     *(now or then for now, then in zip(steps.due, steps.due_next, strict=True))
                 )
-                self._open_window(root, Batch(steps.number, due))
+                self._open_window(root, Batch(steps.number, due), given)
                 if due.scalars:
                     self._updates.watch(root)
 
-    def _open_window(self, root: nn.Module, batch: Batch) -> None:
+    def _open_window(self, root: nn.Module, batch: Batch, given: tuple[Any, ...]) -> None:
         if (self._window is not None and self._window.is_alive()) or is_traced():
             return  # another thread's, or one without values
         self._optimizers.recheck()
@@ -111,6 +111,7 @@ class Forwards:
         kinds -= set() if batch.due.histograms else {"activations"}
         self._handled, self._depth, self._observed = sys.exc_info()[1], 0, batch
         self._window = self._open(root, kinds=kinds)
+        self._window.trail.before(root, given)
 
     def after(self, root: nn.Module, args: Any, output: Any) -> None:
         """The hook of `root`, which is called even when its forward raised."""
@@ -128,12 +129,12 @@ class Forwards:
             if self.last_handle is not None:
                 self.last_handle.remove()
             elif sys.exc_info()[1] is handled:  # else it raised: not a whole forward
-                self._keep(window, batch, output)
+                self._keep(root, window, batch, output)
 
-    def _keep(self, window: Window, batch: Batch, output: Any) -> None:
+    def _keep(self, root: nn.Module, window: Window, batch: Batch, output: Any) -> None:
         readings = batch.readings
         with self._ledger.guard("finite values"):
-            readings.forwards = [window.trail.ended(output)]
+            readings.forwards = [window.trail.ended(root, output)]
         readings.attention = window.maps()
         readings.histograms = {f"activations/{p}": h for p, h in window.activations.items()}
         self._ledger.captured("attention", readings.attention)
@@ -160,7 +161,11 @@ class Forwards:
     def _moved_unseen(self, root: nn.Module) -> bool:
         """Whether the parameters change although no optimizer step has been seen: said once."""
         # LBFGS moves them too, between the calls of its closure.
-        if self._steps.rounds or not self.probe.moved(root) or steps_on_stack():
+        if self._steps.rounds:
+            return False
+        with without_modes():
+            moved = self.probe.moved(root)
+        if not moved or steps_on_stack():
             return False
         self._ledger.say(
             "optimizer",

@@ -33,8 +33,9 @@ from .outbox import Batch, Outbox
 from .report import Ledger, Report, fused_away, reasons, unattended
 from .stack import steps_on_stack
 from .steps import Cadence, Optimizers, Probe, Steps
+from .trail import is_compiled
 from .updates import Updates
-from .window import Window, is_compiled
+from .window import Window
 from .writers import close, is_main_rank, open_writer
 
 KINDS = ("attention", "gradients", "learning_rate", "uncertainty", "histograms")
@@ -106,7 +107,7 @@ class Handle:
             ]
         else:
             self._handles = [
-                model.register_forward_pre_hook(before),
+                model.register_forward_pre_hook(before, with_kwargs=True),
                 model.register_forward_hook(after, always_call=True),
             ]
         self._handles.append(register_optimizer_step_post_hook(self._after_optimizer))

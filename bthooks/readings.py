@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import attention, gradients
-from .finite import Flags
+from .finite import Forward
 from .histograms import Histogram, histogram
 from .images import heat_map
 from .names import distinct
@@ -35,7 +35,7 @@ class Readings:
     attention: dict[str, Tensor] = field(default_factory=dict)  # module path -> (heads, 12)
     histograms: dict[str, Histogram] = field(default_factory=dict)  # tag -> buckets
     samples: dict[str, Tensor] = field(default_factory=dict)  # tag -> (n,), drawn as histogram
-    forwards: list[Flags] = field(default_factory=list)  # what is not finite in each
+    forwards: list[Forward] = field(default_factory=list)  # what was not finite in each
 
     def merge(self, other: "Readings") -> None:
         """Take in what another forward or optimizer brought to the same step."""
@@ -50,7 +50,8 @@ class Readings:
                 self.samples[tag] = values
             elif mine.numel() < _SAMPLES:
                 self.samples[tag] = torch.cat([mine, values])
-        self.forwards += other.forwards[: _FORWARDS - len(self.forwards)]
+        self.forwards += [f for f in other.forwards if f.calls or not self.forwards]
+        del self.forwards[_FORWARDS:]
         self.scalars |= other.scalars
         self.norms |= other.norms
         self.unclipped |= other.unclipped
@@ -68,7 +69,7 @@ def read(readings: Readings) -> Readings:
     scaling = readings.scaling
     tensors = [tensor for part in by_name for tensor in part.values()]
     tensors += [tensor for part in histograms.values() for tensor in part]
-    tensors += [tensor for flags in readings.forwards for tensor in flags.tensors()]
+    tensors += [tensor for forward in readings.forwards for tensor in forward.tensors()]
     tensors += [scaling.state] if scaling else []
     host = iter(to_host(tensors))
     scalars, means, norms, unclipped, maps = ({key: next(host) for key in p} for p in by_name)
@@ -81,7 +82,7 @@ def read(readings: Readings) -> Readings:
         histograms={
             tag: Histogram(*(next(host) for _ in part)) for tag, part in histograms.items()
         },
-        forwards=[flags.on_host(host) for flags in readings.forwards],
+        forwards=[forward.on_host(host) for forward in readings.forwards],
         scaling=scaling._replace(state=next(host)) if scaling else None,
     )
 

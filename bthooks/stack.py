@@ -16,13 +16,12 @@ from torch.utils._python_dispatch import _pop_mode, _push_mode
 _CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
 
 
-def innermost(modules: Container[nn.Module]) -> tuple[nn.Module, int] | None:
-    """The innermost of `modules` that is called, and a number that tells its calls apart."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code in _CALLS and (module := frame.f_locals["self"]) in modules:
-            return module, id(frame)
-        frame = frame.f_back
+def innermost(modules: Container[nn.Module]) -> nn.Module | None:
+    """The innermost of `modules` that is called."""
+    for frame in frames():
+        if frame.f_code in _CALLS and frame.f_locals["self"] in modules:
+            module: nn.Module = frame.f_locals["self"]
+            return module
     return None
 
 

@@ -1,112 +1,141 @@
-"""Trail: what the modules made in turn in one forward, by the operators that they ran.
+"""Trail: what the modules of one forward were given and made.
 
-In: every operator before and after it runs, then what the model returned. Out: `Flags`.
+In: hooks on the modules, for this forward. Out: a `Forward`.
 """
 
-import math
-from collections.abc import Mapping, Sequence, ValuesView
-from typing import Any, TypeGuard
+import dataclasses
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from .finite import Flags, Stretch, flag, join
-from .gradients import norms
-from .stack import innermost, without_modes
+from .finite import Call, Extremes, Forward, extremes
+from .hook import Hook
+from .report import Ledger
+from .sharded import local
+from .stack import without_modes
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_DTYPES |= {torch.complex64, torch.complex128}
 
 
 class Trail:
-    """Follows one forward of a model.
+    """Follows one forward.
 
     Args:
-        paths: its modules, with their paths.
+        paths: the modules of the model, with their paths.
+        ledger: told what could not be looked at.
     """
 
-    def __init__(self, paths: Mapping[nn.Module, str]) -> None:
-        self._paths = paths
-        self._call: tuple[nn.Module, int] | None = None  # which runs
-        self._given: list[Tensor] = []
-        self._last: tuple[Any, ...] | None = None  # what it made
-        self._stretches: list[Stretch] = []
-        self._owned = {
-            f"{path}.{name}".removeprefix("root."): tensor
-            for module, path in paths.items()
-            for part in (module._parameters, module._buffers)
-            for name, tensor in part.items()
-            if _is_plain(tensor)
-        }
-        self._known = {_address(tensor) for tensor in self._owned.values()}
+    def __init__(self, paths: Mapping[nn.Module, str], ledger: Ledger) -> None:
+        self._paths, self._ledger = paths, ledger
+        self._thread = threading.get_ident()
+        self._running: list[tuple[nn.Module, list[Extremes]]] = []
+        self._calls: list[Call] = []
+        # What one module made the next is given.
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int, Extremes]] = {}
+        before, after = Hook(self, self.before), Hook(self, self._after)
+        self._handles: list[RemovableHandle] = []
+        for module in observable(paths):
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(after))
 
-    def before(self, args: Sequence[Any]) -> None:
-        """An operator is about to run."""
-        call = innermost(self._paths)
-        if call != self._call:
-            self._end()
-            self._call = call
-        for argument in args:
-            for tensor in argument if isinstance(argument, list | tuple) else (argument,):
-                if _is_plain(tensor) and not isinstance(tensor, nn.Parameter):
-                    address = _address(tensor)
-                    if address not in self._known:
-                        self._known.add(address)
-                        with without_modes():
-                            self._given.append(flag(tensor))
+    def close(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
 
-    def after(self, output: Any) -> None:
-        """It has run."""
-        for tensor in output if isinstance(output, list | tuple) else (output,):
-            if _is_plain(tensor):
-                storage = tensor.untyped_storage()
-                self._known.add(storage.data_ptr())
-                # Not the tensor: torch detaches what a handler returns if anyone holds it.
-                place = tensor.storage_offset(), tensor.shape, tensor.stride()
-                self._last = tensor.dtype, storage, *place
-                return
+    def before(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        """The pre-hook of a module."""
+        if not torch.compiler.is_compiling() and threading.get_ident() == self._thread:
+            self._running.append((module, self._extremes((args, kwargs or {}))))
 
-    @torch.no_grad()
-    def ended(self, output: Any) -> Flags:
-        """The flags, once the model has returned `output`."""
-        self._end()
-        parts = output.values() if isinstance(output, Mapping) else output
-        parts = parts if isinstance(parts, Sequence | ValuesView) else [parts]
-        tensors = [part for part in parts if _is_plain(part)]
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling() and threading.get_ident() == self._thread:
+            made = self._extremes(output)
+            while self._running:
+                running, given = self._running.pop()
+                if running is module:  # else an exception has ended it
+                    self._calls.append(Call(self._paths[module], given, made))
+                    return
+
+    def ended(self, root: nn.Module, output: Any) -> Forward:
+        """What was seen, once the model has returned `output`; nothing if that is finite."""
+        self._after(root, (), output)
+        calls, self._calls, self._seen = self._calls, [], {}
+        made = calls[-1].made if calls else []
         with without_modes():
-            # A loss has passed over the logits already.
-            flags = [flag(t) for t in [t for t in tensors if t.dim() == 0] or tensors]
-            flags = flags or [stretch.made for stretch in self._stretches[-1:]]
-            if not flags:
-                return Flags()
-            returned = join(flags)
-            if returned.device.type == "cpu" and math.isfinite(returned):
-                return Flags()
-            owned = norms({n: t for n, t in self._owned.items() if isinstance(t, nn.Parameter)})
-            owned |= {n: flag(t) for n, t in self._owned.items() if n not in owned}
-            return Flags(self._stretches, returned, owned)
+            if all(pair.low.device.type == "cpu" and not pair.is_fault() for pair in made):
+                return Forward()
+        owned = {}
+        for module, path in self._paths.items():
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                for pair in self._extremes(tensor):
+                    owned[f"{path}.{name}".removeprefix("root.")] = pair
+        compiled = [path for module, path in self._paths.items() if is_compiled(module)]
+        return Forward(calls, owned, compiled)
 
-    def _end(self) -> None:
-        if self._last is None:
-            return
-        path = "root" if self._call is None else self._paths[self._call[0]]
-        dtype, storage, *place = self._last
-        with without_modes():
-            made = flag(torch.empty(0, dtype=dtype, device=storage.device).set_(storage, *place))
-            given = join(self._given) if self._given else torch.zeros_like(made)
-        self._stretches.append(Stretch(path, made, given))
-        self._given, self._last = [], None
+    def _extremes(self, values: Any) -> list[Extremes]:
+        with self._ledger.guard("finite values"), torch._C.DisableTorchFunction(), without_modes():
+            return [self._of(tensor) for tensor in _tensors(values, 4) if _is_readable(tensor)]
+        return []
+
+    def _of(self, tensor: Tensor) -> Extremes:
+        version = -1 if tensor.is_inference() else tensor._version
+        found = self._seen.get(id(tensor))
+        if found is not None and found[0]() is tensor and found[1] == version:
+            return found[2]
+        pair = extremes(local(tensor))
+        self._seen[id(tensor)] = weakref.ref(tensor), version, pair
+        return pair
 
 
-def _is_plain(tensor: Any) -> TypeGuard[Tensor]:
+def observable(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The modules below the first that a hook may be put on without changing what runs.
+
+    A hook in nn.TransformerEncoderLayer or nn.MultiheadAttention switches off their C++ fast path
+    (eval), one in a compiled module is never called, one on a scripted module is refused.
+    """
+    fast = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+    root, *modules = modules
+    hidden: set[nn.Module] = set()
+    for module in (root, *modules):
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        fast_now = isinstance(module, fast) and not module.training
+        if scripted or fast_now or is_compiled(module):
+            hidden.update(module.modules())
+    return (module for module in modules if module not in hidden)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of `module` itself are compiled."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
+def _tensors(values: Any, depth: int) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif depth:
+        if isinstance(values, Mapping):
+            values = list(values.values())
+        elif dataclasses.is_dataclass(values) and not isinstance(values, type):
+            values = list(vars(values).values())
+        for value in values if isinstance(values, list | tuple) else ():
+            yield from _tensors(value, depth - 1)
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    tensor = local(tensor)
     return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.dtype in _DTYPES
+        tensor.dtype in _DTYPES
+        and type(tensor) in (Tensor, nn.Parameter)
         and tensor.layout is torch.strided
         and not (tensor.is_meta or tensor.is_nested)
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and tensor.untyped_storage().size() > 0
         and tensor.numel() > 0
     )
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

@@ -1,25 +1,26 @@
 """Window: one observed forward of the model, with everything that is put on for it.
 
 In: the model, and which kinds are wanted. Out: attention sums and activations by module path, and
-where what is not finite came from.
+the trail of what is not finite.
 """
 
 import functools
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .attention import merge
-from .capture import ForwardMode, leave
+from .capture import AttentionMode, leave
 from .histograms import Histogram, histogram
 from .hook import Hook
 from .names import module_names
 from .report import Ledger
 from .sharded import readable
 from .stack import without_modes
+from .trail import Trail, observable
 
 
 class Window:
@@ -46,15 +47,17 @@ class Window:
         self._maps: dict[str, list[Tensor]] = {}
         self._averaged: set[str] = set()
         self._handles: list[RemovableHandle] = []
+        self._mode: AttentionMode | None = None
         paths = module_names(root)
-        found = self._map if "attention" in kinds else None
-        self._mode: ForwardMode | None = ForwardMode(paths, found, rows, ledger)
-        self.trail = self._mode.trail
-        wanted = _observable(root) if "activations" in kinds else ()
+        self.trail = Trail(paths, ledger)
+        if "attention" in kinds:
+            self._mode = AttentionMode(paths, self._map, rows, ledger)
+        wanted = observable(paths) if "activations" in kinds else ()
         for module, path in [(m, paths[m]) for m in wanted if selected(paths[m])]:
             hook = Hook(self, functools.partial(self._activation, path))
             self._handles.append(module.register_forward_hook(hook))
-        self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch's, not annotated
+        if self._mode is not None:
+            self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch's, not annotated
 
     def is_alive(self) -> bool:
         """Whether the thread that opened it still runs."""
@@ -66,6 +69,7 @@ class Window:
             leave(self._mode)
             self._mode.forget()
             self._mode = None
+        self.trail.close()
         for handle in self._handles:
             handle.remove()
 
@@ -94,27 +98,6 @@ class Window:
                     self.activations[path] = histogram(readable(tensor))
         except Exception as error:
             self._ledger.failed(f"activations of {path}", error)
-
-
-def _observable(root: nn.Module) -> Iterator[nn.Module]:
-    """The modules below `root` that a hook may be put on without changing what runs.
-
-    A hook in nn.TransformerEncoderLayer or nn.MultiheadAttention switches off their C++ fast path
-    (eval), one in a compiled module is never called.
-    """
-    fast = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
-    hidden: set[nn.Module] = set()
-    for module in root.modules():
-        if is_compiled(module) or (isinstance(module, fast) and not module.training):
-            hidden.update(module.modules())
-    for module in root.modules():
-        if module is not root and module not in hidden:
-            yield module
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether calls of `module` itself are compiled."""
-    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 def _first_tensor(output: Any) -> Tensor | None:

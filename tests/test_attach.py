@@ -347,7 +347,17 @@ def test_between_logging_steps_nothing_is_on_submodules(tmp_path):
                 if module is not model:
                     assert not module._forward_hooks
                     assert not module._forward_pre_hooks
-    assert seen == [(1, 1), (0, 0), (0, 0), (1, 1)]
+    assert seen == [(2, 1), (0, 0), (0, 0), (2, 1)]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_scripted_parts_take_no_hook_and_are_no_harm(tmp_path):
+    scripted = torch.jit.script(nn.Linear(4, 4)), torch.jit.trace(nn.Linear(4, 4), torch.ones(1, 4))
+    model = nn.Sequential(nn.Linear(4, 4), *scripted)
+    with attach(model, tmp_path, capture=["activations"], every=1, on_error="raise"):
+        model(torch.ones(1, 4)).sum().backward()
+        sgd(model).step()
+    assert list(read(tmp_path).histograms) == ["activations/0"]
 
 
 @pytest.mark.parametrize("end", ["detach", "twice", "exception", "interrupt"])

@@ -1,12 +1,17 @@
 """Which module was the first to make what is not finite."""
 
+import copy
+import dataclasses
 import math
 import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Categorical
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import bthooks
@@ -111,7 +116,7 @@ def test_the_data_is_what_is_said(bad):
     x = X.clone()
     x[0, 1, 2] = bad
     (alert,) = alerts(chain(nn.Linear(4, 4)), x)
-    assert alert.where == "0"
+    assert alert.where == "root"
     assert "the data" in alert.message
 
 
@@ -122,8 +127,8 @@ def test_masks_are_no_fault_but_a_row_without_any_key_is():
         handle.flush()
         assert handle.alerts == ()
     (alert,) = alerts(chain(Masked(hidden=0)), X)
-    assert alert.where == "1.1"
-    assert "its inputs are" in alert.message
+    assert alert.where == "1.1.softmax"
+    assert "its inputs are but for -inf" in alert.message
     given = torch.full((3, 3), -torch.inf).triu(1)
     attention = nn.MultiheadAttention(4, 2, batch_first=True)
     with bthooks.attach(attention, None, on_error="raise") as handle:
@@ -131,10 +136,149 @@ def test_masks_are_no_fault_but_a_row_without_any_key_is():
         handle.flush()
         assert handle.alerts == ()
     with bthooks.attach(attention, None) as handle:
-        attention(X, X, X, attn_mask=given.triu(-9) - torch.inf)
+        given[0] = -torch.inf
+        attention(X, X, X, attn_mask=given)
         handle.flush()
     assert handle.alerts[0].where == "root"
-    assert "its inputs are" in handle.alerts[0].message
+    assert "its inputs are but for -inf" in handle.alerts[0].message
+
+
+class Step(nn.Module):
+    """A linear layer and then anything."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.inner, self.after = nn.Linear(4, 4), after
+
+    def forward(self, *args, **kwargs):
+        return self.after(self.inner, *args, **kwargs)
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+    mask: torch.Tensor
+
+
+LOWEST = torch.finfo(torch.float32).min
+HIDDEN = torch.arange(4) < 2
+FINE = {
+    "least number": lambda f, x: f(x).masked_fill(HIDDEN, LOWEST),
+    "greatest number": lambda f, x: f(x) * 0 + 3e38,
+    "hidden logits": lambda f, x: f(x).masked_fill(HIDDEN, -torch.inf),
+    "whole numbers": lambda f, x: f(x).masked_fill(HIDDEN, -torch.inf).argmax(-1),
+    "distribution": lambda f, x: Categorical(logits=f(x).masked_fill(HIDDEN, -torch.inf)),
+    "mask beside": lambda f, x: Output(f(x), torch.full((3, 3), -torch.inf).triu(1)),
+    "inf that is undone": lambda f, x: torch.exp(-(f(x).square() / 0.0)),
+    "NaN that is left out": lambda f, x: torch.nan_to_num(f(x) * math.nan),
+    "forward-mode": lambda f, x: torch.func.jvp(f, (x,), (x,))[0],
+}
+
+
+@pytest.mark.parametrize("fine", FINE)
+def test_finite_outputs_raise_no_alert(fine):
+    model = Step(FINE[fine])
+    with bthooks.attach(model, None, on_error="raise") as handle:
+        model(X)
+        handle.flush()
+    assert handle.alerts == ()
+
+
+def poisoned(value=math.nan, **parts):
+    model = nn.Sequential(*parts.values()) if len(parts) > 1 else next(iter(parts.values()))
+    next(p for p in model.parameters() if p.dim() == 1).data[0] = value
+    return model
+
+
+WRONG = {  # a model, its input, the module and what is said of it
+    "group norm": (
+        nn.Sequential(nn.Conv2d(3, 8, 3), poisoned(norm=nn.GroupNorm(2, 8)), nn.SiLU()),
+        torch.randn(2, 3, 8, 8),
+        ("1", "its own parameters or buffers are not finite: 1.weight"),
+    ),
+    "auxiliary loss": (
+        nn.Sequential(
+            Step(lambda f, x: (x * math.nan, f(x).mean())), Step(lambda f, pair: f(pair[0]))
+        ),
+        X,
+        ("0", "its inputs are"),
+    ),
+    "scale beside": (
+        Step(lambda f, x: {"scale": torch.ones(()), "features": [f(x * math.nan)]}),
+        X,
+        ("root", "its inputs are"),
+    ),
+    "dataclass": (Step(lambda f, x: Output(poisoned(a=f)(x), x)), X, ("inner", "inner.bias")),
+    "statistics of the data": (
+        nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4)),
+        torch.full((3, 4), math.nan),
+        ("root", "look at the data"),
+    ),
+    "cleaned data": (
+        Step(lambda f, x: poisoned(a=f)(torch.nan_to_num(x))),
+        torch.full((3, 4), math.nan),
+        ("inner", "inner.bias"),
+    ),
+    "diverged weights": (
+        Step(lambda f, x: poisoned(1e25, a=nn.LayerNorm(4))(f(x)).square()),
+        X,
+        ("root", "its inputs are"),
+    ),
+    "weight norm": (
+        nn.Sequential(nn.ReLU(), poisoned(a=weight_norm(nn.Linear(4, 4)))),
+        X,
+        ("1", "1.bias"),
+    ),
+    "complex": (
+        Step(lambda f, x: f(torch.view_as_real(x * math.nan)[..., 0])),
+        torch.randn(3, 4, dtype=torch.complex64),
+        ("root", "its inputs are"),
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_right_module_is_named(wrong):
+    model, x, (where, message) = WRONG[wrong]
+    (alert,) = alerts(copy.deepcopy(model), x)
+    assert alert.where == where
+    assert message in alert.message
+
+
+def test_what_the_user_frees_stays_freed_and_a_mode_sees_nothing_of_ours():
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def freed(f, x):
+        y = f(x)
+        copy = y.detach().clone()
+        copy.untyped_storage().resize_(0)
+        kept.append(copy)
+        return f(y), copy
+
+    model, kept, seen = Step(freed), [], []
+    for attached in (False, True):
+        names = []
+        handle = bthooks.attach(model, None, capture=["activations"]) if attached else None
+        with Names():
+            model(X)
+        seen.append(names)
+    handle.detach()
+    assert [copy.untyped_storage().size() for copy in kept] == [0, 0]
+    assert seen[0] == seen[1]
+
+
+def test_the_last_of_many_micro_batches_is_looked_at():
+    model = chain(Breaking(BREAKS["nan"]))
+    model[1][1].on = False
+    with bthooks.attach(model, None) as handle:
+        for part in range(200):
+            model[1][1].on = part == 199
+            model(X)
+        handle.flush()
+    assert [alert.where for alert in handle.alerts] == ["1.1"]
 
 
 def test_one_alert_for_an_episode(tmp_path):
@@ -183,11 +327,12 @@ def test_a_callback_that_raises_costs_nothing(tmp_path):
 def test_in_any_kind_of_forward(how):
     middle = Breaking(BREAKS["nan"])
     model = chain(middle)
-    run, where = model, "1.1"
+    run, where, inside = model, "1.1", ""
     if how == "whole":
         run, where = torch.compile(model, backend="aot_eager"), "root"
     elif how == "regional":
-        model[1].compile(backend="aot_eager")
+        model[1].compile(backend="inductor")
+        where, inside = "root", "what is compiled in it: 1"
     elif how == "checkpointed":
         inner = model[1].forward
         model[1].forward = lambda x: checkpoint(inner, x, use_reentrant=False)
@@ -197,4 +342,5 @@ def test_in_any_kind_of_forward(how):
             run(X)
         handle.flush()
     (alert,) = handle.alerts
-    assert alert.where == where, alert
+    assert alert.where == where
+    assert inside in alert.message

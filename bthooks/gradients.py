@@ -43,10 +43,10 @@ def norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for (_, dtype), group in groups.items():
         wide = torch.promote_types(dtype, torch.float32)
-        for name, norm in zip(
-            group, torch._foreach_norm(list(group.values()), dtype=wide), strict=True
-        ):
-            found[name] = norm.to(torch.float32)
+        group_norms = torch._foreach_norm(list(group.values()), dtype=wide)
+        if wide != torch.float32:
+            group_norms = [norm.float() for norm in group_norms]
+        found |= zip(group, group_norms, strict=True)
     return {name: found[name] for name in tensors}
 
 
@@ -112,4 +112,4 @@ def _first_stage(tensor: Tensor) -> Tensor:
     flat = tensor.reshape(-1)
     whole = flat.numel() // _ROW * _ROW
     rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=-1, dtype=wide)
-    return torch.cat([rows, flat[whole:].to(wide)])
+    return torch.cat([rows, flat[whole:].to(wide)]) if whole < len(flat) else rows

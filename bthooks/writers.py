@@ -132,24 +132,28 @@ def open_writer(
 def to_host(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The tensors as float64 on the CPU, in order: one device-to-host copy per device."""
     tensors = list(tensors)
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    groups: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
     for index, tensor in enumerate(tensors):
-        groups.setdefault((tensor.device, tensor.dtype), []).append(index)
+        key = tensor.device, tensor.dtype, tensor.dim() == 0
+        groups.setdefault(key, []).append(index)
     flat: dict[torch.device, list[Tensor]] = {}
-    order: dict[torch.device, list[int]] = {}
-    for (device, _), indices in groups.items():
+    order: dict[torch.device, list[tuple[bool, list[int]]]] = {}
+    for (device, _, scalars), indices in groups.items():
         group = [tensors[index] for index in indices]
-        scalars = all(tensor.dim() == 0 for tensor in group)
         joined = torch.stack(group) if scalars else torch.cat([t.reshape(-1) for t in group])
         wide = torch.float32 if device.type == "mps" else torch.float64
         flat.setdefault(device, []).append(joined.to(wide))
-        order.setdefault(device, []).extend(indices)
+        order.setdefault(device, []).append((scalars, indices))
     host: list[Tensor] = [torch.empty(0, device="cpu")] * len(tensors)
     for device, parts in flat.items():
         values = torch.cat(parts).to("cpu", torch.float64)
-        sizes = [tensors[index].numel() for index in order[device]]
-        for index, value in zip(order[device], values.split(sizes), strict=True):
-            host[index] = value.reshape(tensors[index].shape)
+        for (scalars, indices), part in zip(
+            order[device], values.split([len(part) for part in parts]), strict=True
+        ):
+            group = [tensors[index] for index in indices]
+            pieces = part.unbind() if scalars else part.split([t.numel() for t in group])
+            for index, piece in zip(indices, pieces, strict=True):
+                host[index] = piece if scalars else piece.reshape(tensors[index].shape)
     return host
 
 

@@ -45,7 +45,7 @@ def norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         wide = torch.promote_types(dtype, torch.float32)
         group_norms = torch._foreach_norm(list(group.values()), dtype=wide)
         if wide != torch.float32:
-            group_norms = [norm.float() for norm in group_norms]
+            group_norms = tuple(norm.float() for norm in group_norms)
         found |= zip(group, group_norms, strict=True)
     return {name: found[name] for name in tensors}
 

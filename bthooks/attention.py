@@ -6,6 +6,7 @@ Out: one value per statistic, per head or for the whole map.
 """
 
 import math
+from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
@@ -170,7 +171,7 @@ def _sums_of_block(
         width: the number of keys, if it is not that of these columns.
     """
     top = scores.amax(-1, keepdim=True)  # (B, H, r, 1)
-    z = scores.sub_(torch.where(top == -torch.inf, 0, top))
+    z = scores.sub_(top.clamp(min=torch.finfo(top.dtype).min))  # in a dead row too
     p = z.softmax(-1)
     largest = p.amax(-1)  # (B, H, r)
     log_norm = -largest.log()  # of the largest weight, which is exp(0) / norm
@@ -184,7 +185,7 @@ def _sums_of_block(
     # log Z - E[z] with z = score - max: no cancellation of large scores, as lse - E[score] has.
     entropy = total * log_norm - z.clamp_(min=-1e4).mul_(p).sum(-1)
     return _sums(
-        visible=visible.expand(total.shape),
+        visible=visible,
         entropy=entropy.clamp_(min=0),
         total=total,
         squares=squares,
@@ -220,17 +221,25 @@ def finalize(sums: Tensor) -> dict[str, Tensor]:
     return dict(zip(STATISTICS, values, strict=True))
 
 
-def whole(sums: Tensor) -> dict[str, float]:
-    """The statistics of a map over all its heads, from its sums on the host.
+def whole(maps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """The statistics of each map over all its heads, from its sums on the host.
 
     One that was not measured is left out: no row saw a key, no row two keys, no score known.
     """
-    sums = _over_heads(sums)
-    rows, pairs, logit = sums[0, [0, 2, -1]].tolist()
-    measured = dict.fromkeys(STATISTICS, rows > 0) | {"dead_rows": True}
-    measured["entropy_normalized"] = pairs > 0
-    measured["max_logit"] = rows > 0 and logit != -math.inf
-    return {name: v.item() for name, v in finalize(sums).items() if measured[name]}
+    if not maps:
+        return {}
+    sums = torch.cat([_over_heads(found) for found in maps.values()])  # (maps, 12)
+    values = torch.stack([*finalize(sums).values()], dim=1).tolist()
+    found = {}
+    for path, own, (rows, pairs, logit) in zip(
+        maps, values, sums[:, [0, 2, -1]].tolist(), strict=True
+    ):
+        measured = dict.fromkeys(STATISTICS, rows > 0) | {"dead_rows": True}
+        measured["entropy_normalized"] = pairs > 0
+        measured["max_logit"] = rows > 0 and logit != -math.inf
+        named = zip(STATISTICS, own, strict=True)
+        found[path] = {name: value for name, value in named if measured[name]}
+    return found
 
 
 def _over_heads(sums: Tensor) -> Tensor:
@@ -250,14 +259,20 @@ def _sums(
     logit: Tensor,
     keys: int,
 ) -> Tensor:
-    """Over batch and rows: each argument is `(batch, heads, rows)`; `visible` 0 in dead rows."""
+    """Over batch and rows.
+
+    Args:
+        visible: broadcasts to the others' `(batch, heads, rows)`; 0 in dead rows.
+    """
+    visible = visible[(None,) * (3 - visible.dim())]
     alive, pairs = visible > 0, visible > 1
-    normalized = torch.where(pairs, entropy / visible.clamp(min=2).log(), 0)
-    ones = torch.ones_like(entropy)
-    added = torch.stack([ones, entropy, pairs.to(ones), normalized, total, squares, first])
-    added = torch.where(alive, added, 0).sum((1, 3))  # (7, H)
-    rows = torch.full_like(added[0], alive[:, 0].numel())
+    share = torch.where(pairs, visible.clamp(min=2).log().reciprocal(), 0)
+    added = torch.stack([entropy, entropy * share, total, squares, first])
+    added = torch.where(alive, added, 0).sum((1, 3))  # (5, H)
+    counts = torch.stack([alive, pairs]).expand(2, *entropy.shape)
+    counts = counts.sum((1, 3), dtype=added.dtype)  # (2, H)
     largest_, logit_ = torch.where(alive, torch.stack([largest, logit]), -torch.inf).amax((1, 3))
-    return torch.stack(
-        [*added[:4], added[0] * keys, *added[4:], rows - added[0], rows, largest_, logit_], dim=1
-    )
+    every = torch.full_like(added[0], entropy[:, 0].numel())
+    (rows, pairs_), (entropy_, normalized, *rest) = counts, added
+    both = (rows, entropy_, pairs_, normalized, rows * keys, *rest, every - rows, every)
+    return torch.stack([*both, largest_, logit_], dim=1)

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import (
 )
 
 from . import fastpath, fused
+from .operators import role
 from .provenance import Provenance
 from .report import Ledger
 from .stack import innermost, without_modes
@@ -78,6 +79,8 @@ class AttentionMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if role(func).is_view:  # most of all that run
+            return func(*args, **kwargs)
         if func in _MADE_OF_OTHERS:
             with self:
                 return func.decompose(*args, **kwargs)

@@ -108,7 +108,6 @@ class Forward:
         return Fault(path, tuple(own), "masked" if masked else "finite", tuple(inside))
 
 
-@torch.no_grad()
 def extremes(tensor: Tensor) -> Extremes:
     """Of a floating-point or complex tensor: one pass, an eighth of what `isfinite` takes."""
     if tensor.is_complex():

@@ -35,7 +35,6 @@ class Forwards:
         watch: whether the next training forward is observed.
         calls: how many there were.
         pool: the readings of the training forwards since the last optimizer step.
-        probe: tells parameters that change although no optimizer is seen.
         last_handle: of the hook that ends a forward in another thread, after a detach.
     """
 
@@ -57,7 +56,7 @@ class Forwards:
         self.watch = any(steps.due_next)
         self.calls = 0
         self.pool = Readings()
-        self.probe = Probe()
+        self._probe = Probe()  # before any optimizer step is seen
         self.last_handle: RemovableHandle | None = None
         self._window: Window | None = None
         self._observed: Batch | None = None  # what the window's readings go to
@@ -164,7 +163,7 @@ class Forwards:
         if self._steps.rounds:
             return False
         with without_modes():
-            moved = self.probe.moved(root)
+            moved = self._probe.moved(root)
         if not moved or steps_on_stack():
             return False
         self._ledger.say(

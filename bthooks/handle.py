@@ -32,7 +32,7 @@ from .names import module_names, parameter_names
 from .outbox import Batch, Outbox
 from .report import Ledger, Report, fused_away, reasons, unattended
 from .stack import steps_on_stack
-from .steps import Cadence, Optimizers, Probe, Steps
+from .steps import Cadence, Optimizers, Steps
 from .trail import is_compiled
 from .updates import Updates
 from .window import Window
@@ -210,9 +210,11 @@ class Handle:
         self.detach()
 
     def _index(self, optimizer: Optimizer) -> int | None:
-        with self._ledger.guard("parameters of the optimizer"):
+        try:
             return self._optimizers.index(optimizer, self._root())
-        return None
+        except Exception as error:
+            self._ledger.failed("parameters of the optimizer", error)
+            return None
 
     def _is_on(self) -> bool:
         return (
@@ -288,7 +290,6 @@ class Handle:
             self._say_absent()
         self._outbox.send()
         self._round = None
-        self._forwards.probe = Probe()
 
     def _say_absent(self) -> None:
         """Warn of what was asked for by name and not seen, and of a forward that never ran."""

@@ -11,7 +11,7 @@ import torch
 from torch._ops import OpOverload
 
 # By name, the place of the first factor.
-PRODUCTS = {
+_PRODUCTS = {
     **{"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "matmul": 0, "linear": 0},
     **{"addmm": 1, "baddbmm": 1, "addbmm": 1},
     **{"_cdist_forward": 0, "_euclidean_dist": 0, "cdist": 0},
@@ -19,9 +19,12 @@ PRODUCTS = {
 CONVOLUTIONS = {"convolution", "conv1d", "conv2d", "conv3d"}
 SOFTMAX = {"_softmax", "_safe_softmax", "softmax"}
 LOG_SOFTMAX = {"_log_softmax", "log_softmax"}
+_VIEWS = {
+    *("view", "t", "transpose", "permute", "unbind", "detach", "alias", "slice", "select", "split"),
+    *("split_with_sizes", "chunk", "expand", "unsqueeze", "squeeze", "as_strided", "unfold"),
+}
 FILLING = {"normal_", "uniform_", "bernoulli_", "exponential_", "zero_", "fill_"}
-# Beside what torch tags as pointwise. Views need no entry: they share the storage, by which marks
-# are kept.
+# Beside what torch tags as pointwise. Views need no entry: marks are kept by storage.
 _KEEPING = {
     *("masked_fill", "_to_copy", "to", "type_as", "copy", "contiguous", "_unsafe_view", "reshape"),
     *("flatten", "where", "multiply", "subtract", "divide", "tril", "triu", "dropout"),
@@ -32,18 +35,26 @@ _KEEPING = {
 
 
 class Role(NamedTuple):
-    """What an operator is called, whether it keeps scores what they are, whether it overwrites."""
+    """What an operator is called, whether it keeps scores what they are, whether it overwrites.
+
+    Attributes:
+        product: the place of the first factor, if it is a product.
+        is_view: whether what it returns has the storage of what it was given.
+    """
 
     name: str
-    keeps: bool
-    mutates: bool
+    keeps: bool = False
+    mutates: bool = False
+    product: int | None = None
+    is_view: bool = False
 
 
 @functools.cache
 def role(func: Any) -> Role:
     """The role of `func`; nameless where it is none of torch's own."""
     if not isinstance(func, OpOverload) or func.namespace != "aten":
-        return Role("", False, False)
+        return Role("")
     name = func._schema.name.removeprefix("aten::")
-    keeps = torch.Tag.pointwise in func.tags or name.rstrip("_") in _KEEPING
-    return Role(name, keeps, func._schema.is_mutable)
+    plain = name.rstrip("_")
+    keeps = torch.Tag.pointwise in func.tags or plain in _KEEPING
+    return Role(name, keeps, func._schema.is_mutable, _PRODUCTS.get(plain), name in _VIEWS)

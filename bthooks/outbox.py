@@ -3,14 +3,16 @@
 In: readings by number. Out: one event per number and prefix.
 """
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from .alerts import Alert, Episodes
 from .names import tag
-from .readings import Readings, compose, read
+from .readings import Reading, Readings, compose
 from .report import Ledger
 from .scaling import Skips, is_any_scaler
 from .steps import Due
@@ -49,6 +51,7 @@ class Outbox:
         self.skips = Skips()
         self._scalers: bool | None = None  # whether there is any
         self._waiting: list[Batch] = []
+        self._leaving: deque[tuple[Batch, Reading]] = deque()  # on their way to the host
         self._lost: list[int] = []  # the numbers that could not be written
         self._lock = threading.RLock()
         self._last: dict[str, int] = {}  # by tag: the number last written
@@ -56,33 +59,46 @@ class Outbox:
     def add(self, batch: Batch) -> None:
         self._waiting.append(batch)
 
-    def send(self) -> None:
-        """Write what waits."""
+    def send(self, wait: bool = False) -> None:
+        """Write what waits, as far as it has arrived on the host; with `wait`, all."""
+        if not (self._waiting or self._leaving):
+            return
         with self._lock:  # several threads may run one model: their steps in order
             waiting, self._waiting = self._waiting, []
-            self._send(waiting)
+            wait_for = len(self._leaving) if waiting else 0
+            for batch in waiting:
+                readings, batch.readings = batch.readings, Readings()
+                with self._losing(batch):
+                    self._leaving.append((batch, Reading(readings)))
+            while self._leaving and (wait or wait_for > 0 or self._leaving[0][1].is_done()):
+                wait_for -= 1
+                batch, reading = self._leaving.popleft()
+                with self._losing(batch):
+                    self._write(batch, reading.result())
 
-    def _send(self, waiting: list[Batch]) -> None:
-        for batch in waiting:
-            readings, batch.readings = batch.readings, Readings()
-            try:
-                readings = read(readings)
-                event = compose(readings, model=True, images=batch.due.histograms, skips=self.skips)
-                for alert in self._episodes.judge(readings.forwards, batch.number, batch.prefix):
-                    self._tell(alert)
-                    event.texts["health/alerts"] = str(alert)
-                self._without_scaled(readings, event)
-                event = prefixed(event, tag(self._prefix, batch.prefix))
-                event = self._unwritten(event, batch.number)
-                write(self._writer, event, batch.number, patient=not self._lost)
-            except Exception as error:
-                self._lost.append(batch.number)
-                self._ledger.failed("event file", error)
-                self._ledger.note(
-                    "event file",
-                    f"{type(error).__name__}: {error}; lost: {len(self._lost)} events of the steps "
-                    f"{min(self._lost)} to {max(self._lost)}, and what the writer still held",
-                )
+    def _write(self, batch: Batch, readings: Readings) -> None:
+        event = compose(readings, model=True, images=batch.due.histograms, skips=self.skips)
+        for alert in self._episodes.judge(readings.forwards, batch.number, batch.prefix):
+            self._tell(alert)
+            event.texts["health/alerts"] = str(alert)
+        self._without_scaled(readings, event)
+        event = prefixed(event, tag(self._prefix, batch.prefix))
+        event = self._unwritten(event, batch.number)
+        write(self._writer, event, batch.number, patient=not self._lost)
+
+    @contextlib.contextmanager
+    def _losing(self, batch: Batch) -> Iterator[None]:
+        """Say that what fails inside has cost `batch`."""
+        try:
+            yield
+        except Exception as error:
+            self._lost.append(batch.number)
+            self._ledger.failed("event file", error)
+            self._ledger.note(
+                "event file",
+                f"{type(error).__name__}: {error}; lost: {len(self._lost)} events of the steps "
+                f"{min(self._lost)} to {max(self._lost)}, and what the writer still held",
+            )
 
     def _without_scaled(self, readings: Readings, event: Event) -> None:
         """Leave out a total norm before clipping that may be one of a scaled loss, and say so."""
@@ -110,7 +126,7 @@ class Outbox:
 
     def flush(self) -> None:
         """Write what waits, to the disk."""
-        self.send()
+        self.send(wait=True)
         if self._writer is not None and is_main_rank() and not self._lost:
             try:
                 self._writer.flush()

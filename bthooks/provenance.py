@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
 from .attention import sums_of_scores, sums_of_weights
-from .operators import CONVOLUTIONS, FILLING, LOG_SOFTMAX, PRODUCTS, SOFTMAX, Role
+from .operators import CONVOLUTIONS, FILLING, LOG_SOFTMAX, SOFTMAX, Role
 from .operators import role as role_of
 from .stack import without_modes
 
@@ -97,8 +97,8 @@ class Provenance:
         """Take note of the operator `func` that was called with `args`."""
         role = role_of(func)
         name = role.name
-        if (at := PRODUCTS.get(name.rstrip("_"))) is not None:
-            self._product(args[at], args[at + 1], output)
+        if role.product is not None:
+            self._product(args[role.product], args[role.product + 1], output)
         elif name in CONVOLUTIONS:
             mark, shape = self._of(args[0]), args[0].shape
             if isinstance(mark, _Scores | _Weights) and shape[-1] == mark.width:
@@ -180,10 +180,12 @@ class Provenance:
             self._mark(output, replace(scores[0], keys=keys))
 
     def _carry(self, role: Role, args: tuple[Any, ...], output: Any) -> None:
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        tensors += [
-            t for a in args if isinstance(a, list | tuple) for t in a if isinstance(t, Tensor)
-        ]
+        tensors: list[Tensor] = []
+        for a in args:
+            if isinstance(a, Tensor):
+                tensors.append(a)
+            elif isinstance(a, list | tuple):
+                tensors += [t for t in a if isinstance(t, Tensor)]
         marks = [self._of(tensor) for tensor in tensors]
         if tensors and not any(marks) and role.name not in FILLING:
             return
@@ -224,6 +226,8 @@ class Provenance:
             isinstance(mark, _Parameter | _Constant) or tensor.numel() == 1
             for tensor, mark in zip(tensors, marks, strict=True)
         )
+        if not (known or role.mutates):
+            return
         for output in outputs:
             before = self._of(output)
             if known and before is None and (filled or not tensors or any(marks)):

@@ -17,7 +17,8 @@ from .images import heat_map
 from .names import distinct
 from .scaling import Scaling, Skips
 from .sharded import readable
-from .writers import Event, to_host
+from .transfer import Transfer
+from .writers import Event
 
 # Of forwards without end, and no optimizer step.
 _SAMPLES, _FORWARDS = 1 << 20, 64
@@ -59,32 +60,47 @@ class Readings:
         self.histograms |= other.histograms
 
 
+class Reading:
+    """`readings` on their way to the host: one device-to-host copy per device."""
+
+    def __init__(self, readings: Readings) -> None:
+        self._readings = r = readings
+        self._histograms = r.histograms | {tag: histogram(v) for tag, v in r.samples.items()}
+        self._scalars = {tag: v for tag, v in r.scalars.items() if isinstance(v, Tensor)}
+        by_name = (self._scalars, r.means, r.norms, r.unclipped, r.attention)
+        tensors = [tensor for part in by_name for tensor in part.values()]
+        tensors += [tensor for part in self._histograms.values() for tensor in part]
+        tensors += [tensor for forward in r.forwards for tensor in forward.tensors()]
+        tensors += [r.scaling.state] if r.scaling else []
+        self._transfer = Transfer(tensors)
+
+    def is_done(self) -> bool:
+        """Whether `result()` need not wait."""
+        return self._transfer.is_done()
+
+    def result(self) -> Readings:
+        """The readings in float64 on the host."""
+        r, host = self._readings, iter(self._transfer.result())
+        by_name = (self._scalars, r.means, r.norms, r.unclipped, r.attention)
+        scalars, means, norms, unclipped, maps = ({key: next(host) for key in p} for p in by_name)
+        return Readings(
+            r.scalars | scalars,
+            means,
+            norms,
+            unclipped,
+            attention=maps,
+            histograms={
+                tag: Histogram(*(next(host) for _ in part))
+                for tag, part in self._histograms.items()
+            },
+            forwards=[forward.on_host(host) for forward in r.forwards],
+            scaling=r.scaling._replace(state=next(host)) if r.scaling else None,
+        )
+
+
 def read(readings: Readings) -> Readings:
-    """`readings` on the host, in float64: one device-to-host copy per device."""
-    histograms = readings.histograms | {
-        tag: histogram(values) for tag, values in readings.samples.items()
-    }
-    scalars = {tag: v for tag, v in readings.scalars.items() if isinstance(v, Tensor)}
-    by_name = (scalars, readings.means, readings.norms, readings.unclipped, readings.attention)
-    scaling = readings.scaling
-    tensors = [tensor for part in by_name for tensor in part.values()]
-    tensors += [tensor for part in histograms.values() for tensor in part]
-    tensors += [tensor for forward in readings.forwards for tensor in forward.tensors()]
-    tensors += [scaling.state] if scaling else []
-    host = iter(to_host(tensors))
-    scalars, means, norms, unclipped, maps = ({key: next(host) for key in p} for p in by_name)
-    return Readings(
-        readings.scalars | {tag: float(value) for tag, value in scalars.items()},
-        means,
-        norms,
-        unclipped,
-        attention=maps,
-        histograms={
-            tag: Histogram(*(next(host) for _ in part)) for tag, part in histograms.items()
-        },
-        forwards=[forward.on_host(host) for forward in readings.forwards],
-        scaling=scaling._replace(state=next(host)) if scaling else None,
-    )
+    """`readings` on the host, in float64."""
+    return Reading(readings).result()
 
 
 def compose(
@@ -115,7 +131,7 @@ def compose(
     scalars |= {f"gradients/norm/{name}": norm for name, norm in norms.items() if not norm < 0}
     summary = gradients.summarize(norms, unclipped, scale)
     scalars |= {f"gradients/{name}": value for name, value in summary.items()}
-    stats = {path: attention.whole(sums) for path, sums in readings.attention.items()}
+    stats = attention.whole(readings.attention)
     for path, found in stats.items():
         scalars |= {f"attention/{name}/{path}": value for name, value in found.items()}
     entropies = [found["entropy"] for found in stats.values() if "entropy" in found]

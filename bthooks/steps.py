@@ -8,6 +8,7 @@ steps that already stepped in it; so K micro-batches, or two optimizers side by 
 
 import itertools
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .sharded import local
+from .transfer import Transfer
 
 Cadence = int | Callable[[int], bool]
 
@@ -173,6 +175,7 @@ class Probe:
 
     def __init__(self) -> None:
         self._last: tuple[list[int], Tensor] | None = None
+        self._changes: deque[Transfer] = deque()
         self._moves = 0
 
     def moved(self, root: nn.Module) -> bool:
@@ -190,5 +193,7 @@ class Probe:
         smallest = local(min(own, key=torch.numel).detach())
         before, self._last = self._last, ([id(p) for p in own], smallest.clone())
         if before is not None and before[0] == self._last[0]:
-            self._moves += not torch.equal(before[1], smallest)
+            self._changes.append(Transfer([(before[1] != smallest).any()]))
+        while self._changes and self._changes[0].is_done():
+            self._moves += bool(self._changes.popleft().result()[0])
         return self._moves > 1

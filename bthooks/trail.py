@@ -1,6 +1,9 @@
 """Trail: what the modules of one forward were given and made.
 
 In: hooks on the modules, for this forward. Out: a `Forward`.
+
+What a module was given is looked at when it has ended, with what it made: half as many hooks. One
+that overwrites it is known by its attribute `inplace`, as torch's are.
 """
 
 import dataclasses
@@ -34,15 +37,17 @@ class Trail:
     def __init__(self, paths: Mapping[nn.Module, str], ledger: Ledger) -> None:
         self._paths, self._ledger = paths, ledger
         self._thread = threading.get_ident()
-        self._running: list[tuple[nn.Module, list[Extremes]]] = []
         self._calls: list[Call] = []
+        self._given: dict[nn.Module, list[Extremes]] = {}  # of those that overwrite it
         # What one module made the next is given.
         self._seen: dict[int, tuple[weakref.ref[Tensor], int, Extremes]] = {}
         before, after = Hook(self, self.before), Hook(self, self._after)
         self._handles: list[RemovableHandle] = []
         for module in observable(paths):
-            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(after))
+            if getattr(module, "inplace", False):
+                handle = module.register_forward_pre_hook(before, with_kwargs=True)
+                self._handles.append(handle)
+            self._handles.append(module.register_forward_hook(after, with_kwargs=True))
 
     def close(self) -> None:
         """Take the hooks off."""
@@ -50,22 +55,22 @@ class Trail:
             handle.remove()
 
     def before(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
-        """The pre-hook of a module."""
-        if not torch.compiler.is_compiling() and threading.get_ident() == self._thread:
-            self._running.append((module, self._extremes((args, kwargs or {}))))
+        """The pre-hook of the root, and of modules that overwrite what they are given."""
+        if self._is_here():
+            self._given[module] = self._extremes((args, kwargs))[0]
 
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling() and threading.get_ident() == self._thread:
-            made = self._extremes(output)
-            while self._running:
-                running, given = self._running.pop()
-                if running is module:  # else an exception has ended it
-                    self._calls.append(Call(self._paths[module], given, made))
-                    return
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._is_here():
+            overwritten = self._given.pop(module, None)
+            given, made = self._extremes((args, kwargs) if overwritten is None else (), output)
+            self._calls.append(Call(self._paths[module], overwritten or given, made))
+
+    def _is_here(self) -> bool:
+        return not torch.compiler.is_compiling() and threading.get_ident() == self._thread
 
     def ended(self, root: nn.Module, output: Any) -> Forward:
         """What was seen, once the model has returned `output`; nothing if that is finite."""
-        self._after(root, (), output)
+        self._after(root, (), {}, output)
         calls, self._calls, self._seen = self._calls, [], {}
         made = calls[-1].made if calls else []
         with without_modes():
@@ -74,22 +79,29 @@ class Trail:
         owned = {}
         for module, path in self._paths.items():
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                for pair in self._extremes(tensor):
+                for pair in self._extremes(tensor)[0]:
                     owned[f"{path}.{name}".removeprefix("root.")] = pair
         compiled = [path for module, path in self._paths.items() if is_compiled(module)]
         return Forward(calls, owned, compiled)
 
-    def _extremes(self, values: Any) -> list[Extremes]:
-        with self._ledger.guard("finite values"), torch._C.DisableTorchFunction(), without_modes():
-            return [self._of(tensor) for tensor in _tensors(values, 4) if _is_readable(tensor)]
-        return []
+    def _extremes(self, *values: Any) -> list[list[Extremes]]:
+        try:
+            # Modes are off by a flag: to take them off the stack costs more than all the rest.
+            with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.no_grad():
+                return [[p for t in _tensors(v, 4) if (p := self._of(t))] for v in values]
+        except Exception as error:
+            self._ledger.failed("finite values", error)
+            return [[] for _ in values]
 
-    def _of(self, tensor: Tensor) -> Extremes:
+    def _of(self, tensor: Tensor) -> Extremes | None:
         version = -1 if tensor.is_inference() else tensor._version
         found = self._seen.get(id(tensor))
         if found is not None and found[0]() is tensor and found[1] == version:
             return found[2]
-        pair = extremes(local(tensor))
+        part = local(tensor)
+        if not _is_readable(part):
+            return None
+        pair = extremes(part)
         self._seen[id(tensor)] = weakref.ref(tensor), version, pair
         return pair
 
@@ -129,7 +141,6 @@ def _tensors(values: Any, depth: int) -> Iterator[Tensor]:
 
 
 def _is_readable(tensor: Tensor) -> bool:
-    tensor = local(tensor)
     return (
         tensor.dtype in _DTYPES
         and type(tensor) in (Tensor, nn.Parameter)

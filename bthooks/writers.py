@@ -1,14 +1,14 @@
-"""Writers: to open one, to bring tensors to the host, to write one event.
+"""Writers: to open one, to write one event.
 
-In: small device tensors (`to_host`), then floats, histograms, images and texts (`Event`).
-Out: one event in the event file. Everything that differs between the two backends is here.
+In: floats, histograms, images and texts (`Event`), on the host. Out: one event in the event file.
+Everything that differs between the two backends is here.
 """
 
 import importlib
 import inspect
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -127,34 +127,6 @@ def open_writer(
         count = sum(1 for _ in directory.glob("events.out.tfevents.*"))
         options.setdefault("filename_suffix", f".{os.getpid()}.{count}")
     return SummaryWriter(str(directory), purge_step=purge_step, **options)
-
-
-def to_host(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The tensors as float64 on the CPU, in order: one device-to-host copy per device."""
-    tensors = list(tensors)
-    groups: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        key = tensor.device, tensor.dtype, tensor.dim() == 0
-        groups.setdefault(key, []).append(index)
-    flat: dict[torch.device, list[Tensor]] = {}
-    order: dict[torch.device, list[tuple[bool, list[int]]]] = {}
-    for (device, _, scalars), indices in groups.items():
-        group = [tensors[index] for index in indices]
-        joined = torch.stack(group) if scalars else torch.cat([t.reshape(-1) for t in group])
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        flat.setdefault(device, []).append(joined.to(wide))
-        order.setdefault(device, []).append((scalars, indices))
-    host: list[Tensor] = [torch.empty(0, device="cpu")] * len(tensors)
-    for device, parts in flat.items():
-        values = torch.cat(parts).to("cpu", torch.float64)
-        for (scalars, indices), part in zip(
-            order[device], values.split([len(part) for part in parts]), strict=True
-        ):
-            group = [tensors[index] for index in indices]
-            pieces = part.unbind() if scalars else part.split([t.numel() for t in group])
-            for index, piece in zip(indices, pieces, strict=True):
-                host[index] = piece if scalars else piece.reshape(tensors[index].shape)
-    return host
 
 
 def write(writer: Any, event: Event, step: int, patient: bool = True) -> None:

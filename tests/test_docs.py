@@ -41,6 +41,7 @@ ORDER = [  # a module imports those behind it only
     "steps",
     "writers",
     "backlog",
+    "transfer",
     "checks",
     "hook",
     "fastpath",

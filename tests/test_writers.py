@@ -11,7 +11,7 @@ from torch import nn
 
 import bthooks
 from bthooks import make_writer
-from bthooks.writers import Event, to_host, write
+from bthooks.writers import Event, write
 
 from .conftest import BACKENDS, read
 
@@ -190,24 +190,6 @@ def test_events_of_every_kind_read_back_the_same_from_both(tmp_path):
     assert runs[0].histograms.keys() == {"h"}
     assert runs[0].images["image"][0][1].startswith(b"\x89PNG")
     assert runs[0].texts == {"text/text_summary": [(7, "**bold** ünïcode")]}
-
-
-def test_to_host_keeps_order_shape_and_value_across_dtypes():
-    tensors = [
-        torch.tensor(0.1),
-        torch.tensor([1, 2**40]),
-        torch.tensor([[1.5], [2.5]]).bfloat16(),
-        torch.tensor(True),
-        torch.empty(0),
-        torch.tensor(0.2),
-        torch.tensor(0.1, dtype=torch.double),
-    ]
-    found = to_host(iter(tensors))
-    assert [t.shape for t in found] == [t.shape for t in tensors]
-    assert all(t.dtype == torch.float64 for t in found)
-    for a, b in zip(found, tensors, strict=True):
-        assert a.tolist() == b.double().tolist()
-    assert to_host([]) == []
 
 
 def test_importing_bthooks_imports_no_backend():

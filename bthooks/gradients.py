@@ -38,15 +38,17 @@ def norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The L2 norm of each tensor's part on this rank, as 0-d float32 tensors on their devices."""
     groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        values = _first_stage(_real(readable(local(tensor.detach()))))
-        groups.setdefault((values.device, values.dtype), {})[name] = values
+        plain = type(tensor) is Tensor and tensor.layout is torch.strided
+        values = tensor if plain and tensor.is_floating_point() else _real(local(tensor))
+        values = _first_stage(values) if values.numel() >= _LARGE else values
+        groups.setdefault((values.device, values.dtype), {})[name] = readable(values)
     found: dict[str, Tensor] = {}
     for (_, dtype), group in groups.items():
         wide = torch.promote_types(dtype, torch.float32)
-        group_norms = torch._foreach_norm(list(group.values()), dtype=wide)
+        of_each = torch._foreach_norm(list(group.values()), dtype=wide)
         if wide != torch.float32:
-            group_norms = tuple(norm.float() for norm in group_norms)
-        found |= zip(group, group_norms, strict=True)
+            of_each = tuple(norm.float() for norm in of_each)
+        found |= zip(group, of_each, strict=True)
     return {name: found[name] for name in tensors}
 
 
@@ -102,12 +104,10 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def _first_stage(tensor: Tensor) -> Tensor:
-    """A large tensor's norms in rows of 1024, with what is left over; a small one as it is.
+    """A tensor's norms in rows of 1024, with what is left over.
 
     In one stage the CPU is off by 2.7e-3 over 38.6 M float32 elements, in two by 2e-7.
     """
-    if tensor.numel() < _LARGE:
-        return tensor
     wide = torch.promote_types(tensor.dtype, torch.float32)
     flat = tensor.reshape(-1)
     whole = flat.numel() // _ROW * _ROW

@@ -9,6 +9,7 @@ the buckets are picked from these by mass and by width.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import NamedTuple, TypedDict
 
@@ -20,6 +21,7 @@ _MASS, _WIDTH = 194, 90  # edges by mass; parts of [min, max], three to a bin th
 _SORTED = 10_000  # up to here sorting costs less than the fine bins, or as much on one thread
 _BINS = 1 << 17  # 8 or 9 bits of mantissa if there are both signs, more if not
 _CHUNK = 1 << 19  # computed at a time: bounds the memory; 10 to 20 % faster than 1 << 20
+_NARROW = {torch.float16, torch.bfloat16, torch.float32}
 _LARGEST = torch.finfo(torch.float32).max
 _MINUS_INF, _MAGNITUDE = -0x7F800000, 0x7FFFFFFF
 
@@ -65,13 +67,20 @@ def histogram(tensor: Tensor) -> Histogram:
         zeros = torch.zeros(6, dtype=wide, device=device)
         return Histogram(zeros[:1], zeros[:1].to(torch.int64), zeros)
     chunks = values.split(_CHUNK)
-    lows, highs, sums, squares = torch.stack([_sums(c, wide) for c in chunks], dim=1)  # (chunks,)
+    clean = device.type == "cpu" and values.dtype in _NARROW
+    if clean:
+        each = _sums_of_finite(chunks, wide)
+        clean = bool(each[2].sum().isfinite())  # nothing waits for what the CPU reads of itself
+    if not clean:
+        each = torch.stack([_sums(chunk, wide) for chunk in chunks], dim=1)
+    lows, highs, sums, squares = each  # (chunks,)
     low, high = lows.amin(), highs.amax()
     parts = torch.linspace(0, 1, _WIDTH + 1, dtype=wide, device=device)
     marks = pad(low.lerp(high, parts), (0, 1)).to(torch.float32)  # (W + 2,) min .. max, 0
     marks = _keys(marks.nan_to_num_())  # none is finite: all 0
 
-    edges, below, spare = _sort(values) if n <= _SORTED else _count(chunks, marks)
+    floats = (c.to(torch.float32) if clean else _float(c, -math.inf) for c in chunks)
+    edges, below, spare = _sort(*floats) if n <= _SORTED else _count(floats, marks)
     minus_inf = torch.full((1,), _MINUS_INF, dtype=torch.int32, device=device)
     nonfinite = _up_to(minus_inf, edges, below)  # (1,)
     # The fractions (1 - cos(pi k / M)) / 2: steps of 0.007 % at the ends, 0.8 % in the middle.
@@ -133,11 +142,23 @@ def _sums(values: Tensor, wide: torch.dtype) -> Tensor:
     return torch.stack([low, high, finite.sum(), finite.square_().sum()])
 
 
-def _keys(values: Tensor) -> Tensor:
+def _sums_of_finite(chunks: Sequence[Tensor], wide: torch.dtype) -> Tensor:
+    """The same of each chunk (4, chunks) in a third of the time; not finite if a value is not."""
+    # Used again for each: fresh memory costs more than what is done in it.
+    buffer = torch.empty(len(chunks[0]), dtype=wide, device=chunks[0].device)
+    sums = []
+    for chunk in chunks:
+        low, high = torch.aminmax(chunk)
+        finite = buffer[: len(chunk)].copy_(chunk)
+        sums.append(torch.stack([low.to(wide), high.to(wide), finite.sum(), finite.dot(finite)]))
+    return torch.stack(sums, dim=1)
+
+
+def _keys(values: Tensor, out: Sequence[Tensor | None] = (None, None)) -> Tensor:
     """Float32 numbers as int32 in the same order, both zeros as 0."""
     bits = values.view(torch.int32)
-    sign = bits >> 31
-    return (bits & _MAGNITUDE).bitwise_xor_(sign).sub_(sign)
+    sign = torch.bitwise_right_shift(bits, 31, out=out[0])
+    return torch.bitwise_and(bits, _MAGNITUDE, out=out[1]).bitwise_xor_(sign).sub_(sign)
 
 
 def _numbers(keys: Tensor) -> Tensor:
@@ -147,12 +168,12 @@ def _numbers(keys: Tensor) -> Tensor:
 
 def _sort(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Every value as a fine bin of one key, as `_count` gives them."""
-    edges = _keys(_float(values, -math.inf)).sort().values
+    edges = _keys(values).sort().values
     below = torch.arange(values.numel() + 1, dtype=torch.int64, device=values.device)
     return edges, below, torch.zeros((), dtype=torch.int32, device=values.device)
 
 
-def _count(chunks: tuple[Tensor, ...], marks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _count(chunks: Iterable[Tensor], marks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Fine bins of 2**s keys: right edges (F,), values up to each (1 + F,), 2**s - 1.
 
     What is not finite has the key of -inf and lies below the first bin.
@@ -164,8 +185,10 @@ def _count(chunks: tuple[Tensor, ...], marks: Tensor) -> tuple[Tensor, Tensor, T
     spare = (1 << shift) - 1
     none = ((low + spare) >> shift) - 1
 
+    buffers = torch.empty(2, _CHUNK, dtype=torch.int32, device=device)
+
     def count(chunk: Tensor) -> Tensor:
-        index = _keys(_float(chunk, -math.inf)).add_(spare)
+        index = _keys(chunk, buffers[:, : len(chunk)].unbind()).add_(spare)
         index = index.bitwise_right_shift_(shift).clamp_(min=none).sub_(none)
         if device.type == "cpu":
             return torch.bincount(index, minlength=_BINS + 1)

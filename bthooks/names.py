@@ -13,7 +13,9 @@ from torch import nn
 Selector = str | Sequence[str] | Callable[[str], bool] | None
 """Which names: a glob, several globs, a function of the name; None selects all."""
 
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPER = re.compile(
+    r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)"
+)
 
 
 def tag(*parts: str) -> str:
@@ -33,7 +35,7 @@ def unwrapped(name: str) -> str:
     >>> unwrapped("_orig_mod.module.layers.0.weight"), unwrapped("")
     ('layers.0.weight', 'root')
     """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS) or "root"
+    return _WRAPPER.sub("", name).removesuffix(".") or "root"
 
 
 def distinct(names: Iterable[str]) -> Iterator[str]:
@@ -62,9 +64,8 @@ def module_names(model: nn.Module) -> dict[nn.Module, str]:
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
     """Every parameter of `model` with its unwrapped name; a shared one with its first."""
-    named = list(model.named_parameters())
-    names = distinct(unwrapped(name) for name, _ in named)
-    return {parameter: name for (_, parameter), name in zip(named, names, strict=True)}
+    named = dict(model.named_parameters())
+    return dict(zip(named.values(), distinct(map(unwrapped, named)), strict=True))
 
 
 def selector(include: Selector) -> Callable[[str], bool]:

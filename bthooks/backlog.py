@@ -33,22 +33,40 @@ def wait_for_room(file_writer: Any, patient: bool = True) -> None:
         time.sleep(0.01)
 
 
-def settle(file_writer: Any, give: Callable[[], None]) -> None:
+def settle(file_writer: Any, give: Callable[[], None]) -> Callable[[], bool]:
     """Give an event to `file_writer` so that a killed process does not lose it.
 
     tensorboardX keeps up to 8 kB of events in the process for two minutes: 12 of 400 were lost.
+
+    Returns:
+        what hands the event to the system, which a kill does not touch, as soon as the writer's
+        thread has taken it, and says whether it has.
     """
     record = getattr(getattr(file_writer, "event_writer", None), "_ev_writer", None)
     before = getattr(record, "_num_outstanding_events", None)
     give()
     if record is None or before is None:
-        return
+        return lambda: True
+
+    def settled() -> bool:
+        if not record._lock.acquire(blocking=False):
+            return False  # the thread is at it
+        try:
+            stream = record._py_recordio_writer._writer
+            if hasattr(stream, "fileno"):  # a file
+                stream.flush()
+            return bool(record._num_outstanding_events != before)
+        finally:
+            record._lock.release()
+
+    return settled
+
+
+def wait_until(settled: Callable[[], bool]) -> None:
+    """Wait for an event that was given, a moment at most."""
     until = time.monotonic() + _MOMENT
-    while record._num_outstanding_events == before and time.monotonic() < until:
+    while not settled() and time.monotonic() < until:
         time.sleep(1e-4)
-    stream = record._py_recordio_writer._writer
-    if hasattr(stream, "fileno"):  # a file: to the system, which a kill does not touch
-        stream.flush()
 
 
 def _behind(file_writer: Any) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from .readings import Reading, Readings, compose
 from .report import Ledger
 from .scaling import Skips, is_any_scaler
 from .steps import Due
-from .writers import Event, is_main_rank, prefixed, write
+from .writers import Event, hand_over, is_main_rank, prefixed
 
 
 @dataclass
@@ -52,6 +52,7 @@ class Outbox:
         self._scalers: bool | None = None  # whether there is any
         self._waiting: list[Batch] = []
         self._leaving: deque[tuple[Batch, Reading]] = deque()  # on their way to the host
+        self._unsettled: dict[int, Callable[[], bool]] = {}  # by number: a kill would lose them
         self._lost: list[int] = []  # the numbers that could not be written
         self._lock = threading.RLock()
         self._last: dict[str, int] = {}  # by tag: the number last written
@@ -61,19 +62,24 @@ class Outbox:
 
     def send(self, wait: bool = False) -> None:
         """Write what waits, as far as it has arrived on the host; with `wait`, all."""
-        if not (self._waiting or self._leaving):
+        if not (self._waiting or self._leaving or self._unsettled):
             return
         with self._lock:  # several threads may run one model: their steps in order
+            unsettled, self._unsettled = self._unsettled, {}
+            for number, is_settled in unsettled.items():
+                with self._losing(number):
+                    if not is_settled():
+                        self._unsettled[number] = is_settled
             waiting, self._waiting = self._waiting, []
             wait_for = len(self._leaving) if waiting else 0
             for batch in waiting:
                 readings, batch.readings = batch.readings, Readings()
-                with self._losing(batch):
+                with self._losing(batch.number):
                     self._leaving.append((batch, Reading(readings)))
             while self._leaving and (wait or wait_for > 0 or self._leaving[0][1].is_done()):
                 wait_for -= 1
                 batch, reading = self._leaving.popleft()
-                with self._losing(batch):
+                with self._losing(batch.number):
                     self._write(batch, reading.result())
 
     def _write(self, batch: Batch, readings: Readings) -> None:
@@ -84,15 +90,16 @@ class Outbox:
         self._without_scaled(readings, event)
         event = prefixed(event, tag(self._prefix, batch.prefix))
         event = self._unwritten(event, batch.number)
-        write(self._writer, event, batch.number, patient=not self._lost)
+        is_settled = hand_over(self._writer, event, batch.number, patient=not self._lost)
+        self._unsettled[batch.number] = is_settled
 
     @contextlib.contextmanager
-    def _losing(self, batch: Batch) -> Iterator[None]:
-        """Say that what fails inside has cost `batch`."""
+    def _losing(self, number: int) -> Iterator[None]:
+        """Say that what fails inside has cost the event of `number`."""
         try:
             yield
         except Exception as error:
-            self._lost.append(batch.number)
+            self._lost.append(number)
             self._ledger.failed("event file", error)
             self._ledger.note(
                 "event file",

@@ -8,7 +8,7 @@ import importlib
 import inspect
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .backlog import settle, wait_for_room
+from .backlog import settle, wait_for_room, wait_until
 from .histograms import Histogram, raw
 from .names import distinct, tag
 
@@ -129,16 +129,28 @@ def open_writer(
     return SummaryWriter(str(directory), purge_step=purge_step, **options)
 
 
-def write(writer: Any, event: Event, step: int, patient: bool = True) -> None:
+def write(writer: Any, event: Event, step: int) -> None:
     """Write `event` as one event of the backend's own file writer; else by `add_*` calls.
 
     Nothing is written without a writer, or on a rank other than 0.
 
     Raises:
+        OSError: the writer takes nothing any more, for ten seconds.
+    """
+    wait_until(hand_over(writer, event, step))
+
+
+def hand_over(writer: Any, event: Event, step: int, patient: bool = True) -> Callable[[], bool]:
+    """As `write`, but without a wait for the writer's thread.
+
+    Returns:
+        what saves the event from a kill, once the thread has taken it, and says whether it has.
+
+    Raises:
         OSError: the writer takes nothing any more, for ten seconds if `patient`.
     """
     if writer is None or not is_main_rank():
-        return
+        return _settled
     histograms = {tag: raw(histogram) for tag, histogram in event.histograms.items()}
     package = _package(writer, "add_scalar", "add_histogram_raw", "add_image", "add_text")
     if package is None:
@@ -151,7 +163,7 @@ def write(writer: Any, event: Event, step: int, patient: bool = True) -> None:
             writer.add_image(tag, image.numpy(), step, dataformats="HWC")
         for tag, text in event.texts.items():
             writer.add_text(tag, text, step)
-        return
+        return _settled
     summary = importlib.import_module(f"{package}.summary")
     Value = summary.Summary.Value
     values = [Value(tag=tag, simple_value=value) for tag, value in event.scalars.items()]
@@ -162,8 +174,9 @@ def write(writer: Any, event: Event, step: int, patient: bool = True) -> None:
         values.extend(summary.image(tag, image.numpy(), dataformats="HWC").value)
     for tag, text in event.texts.items():
         values.extend(summary.text(tag, text).value)
-    if values:
-        _add(writer, package, summary.Summary(value=values), step, patient)
+    if not values:
+        return _settled
+    return _add(writer, package, summary.Summary(value=values), step, patient)
 
 
 def close(writer: Any) -> None:
@@ -188,7 +201,7 @@ def write_hparams(writer: Any, hparams: dict[str, str | float], metrics: dict[st
     summary = importlib.import_module(f"{package}.summary")
     values = [value for part in summary.hparams(hparams, metrics) for value in part.value]
     values += [summary.Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
-    _add(writer, package, summary.Summary(value=values), 0)
+    wait_until(_add(writer, package, summary.Summary(value=values), 0))
 
 
 def is_main_rank() -> bool:
@@ -236,7 +249,13 @@ def _histogram_proto(summary: Any, arguments: Mapping[str, Any]) -> Any:
     return summary.HistogramProto(**{names.get(key, key): v for key, v in arguments.items()})
 
 
-def _add(writer: Any, package: str, summary: Any, step: int, patient: bool = True) -> None:
+def _settled() -> bool:
+    return True
+
+
+def _add(
+    writer: Any, package: str, summary: Any, step: int, patient: bool = True
+) -> Callable[[], bool]:
     if writer.all_writers is None and (file := _newest_event_file(writer)):
         # A closed SummaryWriter opens a second event file; the event belongs in the first.
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -248,7 +267,8 @@ def _add(writer: Any, package: str, summary: Any, step: int, patient: bool = Tru
     else:
         file_writer = writer._get_file_writer()
         wait_for_room(file_writer, patient)
-        settle(file_writer, lambda: file_writer.add_summary(summary, step))
+        return settle(file_writer, lambda: file_writer.add_summary(summary, step))
+    return _settled
 
 
 def _newest_event_file(writer: Any) -> Path | None:

@@ -110,6 +110,7 @@ def _first_stage(tensor: Tensor) -> Tensor:
     """
     wide = torch.promote_types(tensor.dtype, torch.float32)
     flat = tensor.reshape(-1)
-    whole = flat.numel() // _ROW * _ROW
-    rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=-1, dtype=wide)
-    return torch.cat([rows, flat[whole:].to(wide)]) if whole < len(flat) else rows
+    rest = flat.numel() % _ROW
+    whole, left_over = flat.split([len(flat) - rest, rest]) if rest else (flat, None)
+    rows = torch.linalg.vector_norm(whole.view(-1, _ROW), dim=-1, dtype=wide)
+    return rows if left_over is None else torch.cat([rows, left_over.to(wide)])

@@ -183,7 +183,7 @@ def uncertainties(found: Mapping[str, Tensor], distributions: bool = True) -> Re
         values["total"] = both[0] + both[1]
     readings = Readings()
     for kind, v in values.items():
-        readings.means[f"uncertainty/{kind}"] = torch.stack([v.sum(), v.new_tensor(v.numel())])
+        readings.means[f"uncertainty/{kind}"] = torch.stack([v.sum(), v.new_full((), v.numel())])
         if distributions:
             # A copy: the caller may overwrite its tensor before the step is over.
             readings.samples[f"uncertainty/distribution/{kind}"] = v.flatten().clone()

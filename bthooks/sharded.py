@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-
 _PLAIN = {Tensor, nn.Parameter}  # hasattr takes 1 us to find that they have no such thing
 
 
@@ -68,7 +67,9 @@ def whole_norms(
             if all(copied):
                 continue
             weights = [1 / mesh.size(dimension) if copy else 1.0 for copy in copied]
-            sums[: len(parts)] *= torch.tensor(weights, dtype=sums.dtype, device=sums.device)
+            if any(copied):
+                shares = torch.tensor(weights, dtype=sums.dtype)
+                sums[: len(parts)] *= shares.to(sums.device, non_blocking=True)
             dist.all_reduce(sums, group=mesh.get_group(dimension))
         squares_, there_ = sums.chunk(2)
         wholes = torch.where(there_ > 0, squares_.sqrt(), -1).to(torch.float32)

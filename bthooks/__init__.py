@@ -3,12 +3,15 @@
 from .alerts import Alert
 from .attach import attach
 from .attention import attention_stats
+from .calibration import calibration_bins, calibration_of, calibration_stats
+from .dropout import mc_dropout
 from .gradients import gradient_norms
 from .handle import Handle
 from .histograms import Histogram, histogram
 from .log import (
     log_activations,
     log_attention_stats,
+    log_calibration,
     log_gradients,
     log_hparams,
     log_learning_rate,
@@ -18,6 +21,7 @@ from .log import (
     log_uncertainty_metrics,
 )
 from .report import Report
+from .uncertainty import decompose_uncertainty
 from .writers import Writer, make_writer
 
 __all__ = [
@@ -28,10 +32,15 @@ __all__ = [
     "Writer",
     "attach",
     "attention_stats",
+    "calibration_bins",
+    "calibration_of",
+    "calibration_stats",
+    "decompose_uncertainty",
     "gradient_norms",
     "histogram",
     "log_activations",
     "log_attention_stats",
+    "log_calibration",
     "log_gradients",
     "log_hparams",
     "log_learning_rate",
@@ -40,4 +49,5 @@ __all__ = [
     "log_text",
     "log_uncertainty_metrics",
     "make_writer",
+    "mc_dropout",
 ]

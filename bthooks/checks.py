@@ -89,6 +89,35 @@ def checked_weights(given: Any) -> Tensor:
     return weights
 
 
+def checked_classes(where: str, probabilities: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    """Probabilities of classes, and which of them are true."""
+    p = checked_values(where, "probabilities", probabilities).detach()
+    true = checked_values(where, "targets", targets).detach()
+    if p.dim() < 2 or p.shape[:-1] != true.shape or not p.numel():
+        raise ValueError(
+            f"{where}: probabilities have shape (batch, classes) and targets (batch), got "
+            f"{tuple(p.shape)} and {tuple(true.shape)}"
+        )
+    if not p.is_floating_point() or true.is_floating_point() or true.is_complex():
+        raise TypeError(
+            f"{where}: probabilities are floats and targets class indices, got {p.dtype} and "
+            f"{true.dtype}"
+        )
+    least, largest = true.amin().item(), true.amax().item()
+    if least < 0 or largest >= p.shape[-1]:
+        raise ValueError(
+            f"{where}: targets go from {least} to {largest}, expected class indices 0 to "
+            f"{p.shape[-1] - 1}; leave out what has none"
+        )
+    tolerance = 1e-3 if p.dtype in (torch.float32, torch.float64) else 3e-2
+    if not (p.amin() >= 0).item() or not ((p.float().sum(-1) - 1).abs() <= tolerance).all().item():
+        raise ValueError(
+            f"{where}: probabilities are at least 0 and sum to 1 over the last dimension; pass "
+            "them after the softmax, not the logits"
+        )
+    return p, true
+
+
 def checked_hparam(value: Any) -> str | float:
     """A number or a string, which both backends write alike; anything else as its `str`."""
     if isinstance(value, Tensor) and value.numel() == 1:

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .dropout import mc_dropout
 from .outbox import Batch, Outbox
 from .readings import Readings, uncertainties
 from .report import Ledger
-from .stack import calls_on_stack, is_traced, steps_on_stack, without_modes
+from .stack import calls_on_stack, is_running, is_traced, steps_on_stack, without_modes
 from .steps import Due, Optimizers, Probe, Steps
 from .uncertainty import find_uncertainties
 from .updates import Updates
@@ -104,6 +105,8 @@ class Forwards:
     def _open_window(self, root: nn.Module, batch: Batch, given: tuple[Any, ...]) -> None:
         if (self._window is not None and self._window.is_alive()) or is_traced():
             return  # another thread's, or one without values
+        if is_running(mc_dropout):
+            return
         self._optimizers.recheck()
         kinds = set(self._kinds)
         kinds -= set() if batch.due.scalars else {"attention"}

@@ -11,6 +11,8 @@ from torch import Tensor
 
 _CELL, _MARGIN, _ZOOM = 28, 26, 2  # pixels: a cell, the labels' strip, a dot of the font
 _WHITE, _INK, _GREY, _RED = (255, 255, 255), (60, 60, 60), (225, 225, 225), (214, 39, 40)
+_BLUE, _PINK = (31, 119, 180), (246, 178, 172)
+_PLOT, _COUNTS = 240, 40  # pixels: the side of the diagram, the height of the counts below it
 _COLLAPSED = 0.1  # nats
 # viridis at 0, 1/4, ..., 1 (Smith and van der Walt, 2015)
 _RAMP = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
@@ -52,6 +54,47 @@ def heat_map(rows: Sequence[Tensor]) -> Tensor:
         image[y, left + 4 : left + 16] = _pixel(_colour(share * top, top))
     _label(image, str(top), _MARGIN, left + 20)
     _label(image, "0", height - 13, left + 20)
+    return image
+
+
+def reliability_diagram(bins: Tensor) -> Tensor:
+    """Draw accuracy over confidence, a bar a bin: `(height, width, 3)`, uint8.
+
+    Perfect is the diagonal. What lies between the accuracy of a bin and its mean confidence is
+    pink. Below, how many fall into each bin.
+
+    Args:
+        bins: `(bins, 5)` as `calibration_bins` gives them, on the CPU.
+
+    >>> reliability_diagram(torch.ones(15, 5)).shape
+    torch.Size([320, 274, 3])
+    """
+    wide = max(2, _PLOT // len(bins))
+    size, left, top = wide * len(bins), _MARGIN, 8
+    image = _pixel(_WHITE).repeat(top + _PLOT + 6 + _COUNTS + _MARGIN, left + size + 8, 1)
+    plot = image[top : top + _PLOT, left : left + size]
+    counts = image[top + _PLOT + 6 : top + _PLOT + 6 + _COUNTS, left : left + size]
+
+    def line(share: float) -> int:
+        return min(_PLOT - 1, round((1 - share) * _PLOT))
+
+    for quarter in range(5):
+        plot[line(quarter / 4)] = _pixel(_GREY)
+    most = max(bins[:, 0].max().item(), 1.0)
+    for x, (count, confidence, right, *_) in enumerate(bins.tolist()):
+        if count:
+            bar = plot[:, x * wide : (x + 1) * wide - 1]
+            low, high = sorted((line(right / count), line(confidence / count)))
+            bar[line(right / count) :] = _pixel(_BLUE)
+            bar[low:high] = _pixel(_PINK)
+            share = counts[_COUNTS - max(1, round(count / most * _COUNTS)) :]
+            share[:, x * wide : (x + 1) * wide - 1] = _pixel(_INK)
+    for x in range(size):
+        plot[line((x + 0.5) / size), x] = _pixel(_INK)
+    _label(image, "1", top, 8)
+    _label(image, "0", top + _PLOT - 10, 8)
+    _label(image, "0", image.shape[0] - 18, left)
+    _label(image, "1", image.shape[0] - 18, left + size - 6)
     return image
 
 

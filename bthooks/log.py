@@ -4,6 +4,7 @@ In: a writer, what is to be measured and its step. Out: one event at that step.
 No cadence and no state: the caller decides when. Bad input is refused at the call.
 """
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .attention import sums_of_weights
+from .calibration import calibration_bins, calibration_of, ranking_stats
 from .checks import (
+    checked_classes,
     checked_hparam,
     checked_model,
     checked_number,
@@ -23,6 +26,7 @@ from .checks import (
 )
 from .gradients import gradient_norms
 from .histograms import histogram
+from .images import reliability_diagram
 from .names import parameter_names, tag
 from .readings import (
     Readings,
@@ -33,6 +37,7 @@ from .readings import (
     uncertainties,
 )
 from .sharded import is_sharded
+from .transfer import Transfer
 from .writers import Event, Writer, prefixed, write, write_hparams
 
 
@@ -191,6 +196,63 @@ def log_uncertainty_metrics(
                 f"{value.dtype}, expected real numbers, both kinds of one shape, not empty"
             )
     _record(writer, uncertainties(values), step, prefix)
+
+
+def log_calibration(
+    writer: Writer | None,
+    probabilities: Tensor,
+    targets: Tensor,
+    step: int,
+    *,
+    uncertainty: Tensor | None = None,
+    prefix: str = "",
+) -> None:
+    """Write how well the probabilities fit what is true, best over a whole validation set.
+
+    Args:
+        probabilities: `(batch, classes)`, or with further dimensions between; not logits.
+        targets: `(batch)`, class indices.
+        uncertainty: `(batch)`, larger where less sure, in any unit.
+
+    | tag | what |
+    | --- | --- |
+    | `calibration/ece`, `calibration/mce` | expected and maximum calibration error, 15 bins |
+    | `calibration/brier`, `calibration/nll` | mean Brier score (0 to 2) and -log p (nats) |
+    | `calibration/accuracy`, `calibration/confidence` | fraction right; mean largest probability |
+    | `calibration/gap` | confidence - accuracy: above 0 is over-confident |
+    | `calibration/auroc` | with `uncertainty`: how well it tells the wrong from the right |
+    | `calibration/spearman` | with it: its rank correlation with -log p of the true class |
+    | `calibration/aurc` | with it: the risk-coverage area |
+    | `calibration/reliability` | image: accuracy over confidence |
+
+    What can't be said (`auroc`, where all are right) is left out.
+
+    >>> p, targets = torch.rand(100, 10).softmax(-1), torch.randint(10, (100,))
+    >>> log_calibration(writer, p, targets, step=0, uncertainty=1 - p.amax(-1))
+
+    Raises:
+        ValueError: the shapes are others, the probabilities are none, a target is no class.
+        TypeError: probabilities are not floats, or targets not whole numbers.
+    """
+    if writer is None:
+        return
+    where = "log_calibration"
+    p, true = checked_classes(where, probabilities, targets)
+    bins = calibration_bins(p, true)
+    stats = calibration_of(bins)
+    if uncertainty is not None:
+        unsure = checked_values(where, "uncertainty", uncertainty)
+        if unsure.shape != true.shape or unsure.is_complex():
+            raise ValueError(
+                f"{where}: uncertainty has the shape of targets, {tuple(true.shape)}, got "
+                f"{tuple(unsure.shape)}"
+            )
+        stats |= ranking_stats(unsure, p, true)
+    *numbers, bins = Transfer([*stats.values(), bins]).result()
+    scalars = {f"calibration/{name}": v for name, v in zip(stats, numbers, strict=True)}
+    event = Event({tag: value for tag, value in scalars.items() if not math.isnan(value)})
+    event.images["calibration/reliability"] = reliability_diagram(bins)
+    write(writer, prefixed(event, prefix), checked_step(step))
 
 
 def log_model_histograms(

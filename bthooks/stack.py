@@ -5,8 +5,9 @@ From its Python frames: no hook, so nothing that would switch off a fast path or
 
 import contextlib
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,6 +34,11 @@ def calls_on_stack(module: nn.Module) -> int:
 def steps_on_stack() -> bool:
     """Whether an optimizer's step runs in this thread, or torch's hooks around it."""
     return any(frame.f_globals is vars(optimizer) for frame in frames())
+
+
+def is_running(function: Callable[..., Any]) -> bool:
+    """Whether a call of `function` runs in this thread."""
+    return any(frame.f_code is function.__code__ for frame in frames())
 
 
 def is_traced() -> bool:

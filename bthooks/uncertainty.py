@@ -1,6 +1,7 @@
-"""Uncertainty: what a model's output says of its own. Pure.
+"""Uncertainty: how much of it is the model's, and how much the data's. Pure.
 
-In: the output of a forward. Out: the uncertainties in it, by kind.
+In: what several samples of a model predict, or the output of a forward that says it by itself.
+Out: the uncertainties by kind.
 """
 
 import functools
@@ -8,6 +9,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 KEYS = {
@@ -17,13 +19,73 @@ KEYS = {
 }
 
 
+@torch.no_grad()
+def decompose_uncertainty(
+    probabilities: Tensor | None = None,
+    *,
+    mean: Tensor | None = None,
+    variance: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The uncertainties of a prediction, from several samples of it (Depeweg et al., 2018).
+
+    The samples may be those of `mc_dropout`, of an ensemble or of Bayesian layers.
+
+    Args:
+        probabilities: `(samples, batch, ..., classes)`, not logits.
+        mean, variance: of a regression instead, `(samples, batch, ...)` each; where no variance is
+            predicted, leave it out.
+
+    Returns:
+        `total`, `aleatoric` and `epistemic`, `(batch, ...)` each, none below 0, float32 or better.
+
+    | kind | of classes, in nats | of a regression, in the target's unit squared |
+    | --- | --- | --- |
+    | `total` | entropy of the mean | variance: the sum of both |
+    | `aleatoric` | mean of the entropies | mean of the variances |
+    | `epistemic` | mutual information: their difference | variance of the means |
+
+    >>> sure_of_either = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    >>> {kind: round(u.item(), 4) for kind, u in decompose_uncertainty(sure_of_either).items()}
+    {'total': 0.6931, 'aleatoric': 0.0, 'epistemic': 0.6931}
+
+    Raises:
+        ValueError: the shapes are others.
+    """
+    where = "decompose_uncertainty"
+    if (probabilities is None) == (mean is None):
+        raise ValueError(f"{where}: give either probabilities, or mean= (and variance=)")
+    if probabilities is not None:
+        if probabilities.dim() < 2 or not probabilities.numel() or variance is not None:
+            raise ValueError(
+                f"{where}: probabilities have shape (samples, batch, classes) and no variance, got "
+                f"{tuple(probabilities.shape)}; one sample alone is probabilities[None]"
+            )
+        p = _wide(probabilities)
+        total = torch.special.entr(p.mean(0)).sum(-1)
+        aleatoric = torch.special.entr(p).sum(-1).mean(0).minimum(total)
+        return {"total": total, "aleatoric": aleatoric, "epistemic": total - aleatoric}
+    assert mean is not None
+    if mean.dim() < 1 or not mean.numel() or not (variance is None or variance.shape == mean.shape):
+        raise ValueError(
+            f"{where}: mean and variance have shape (samples, batch, ...), got {tuple(mean.shape)} "
+            f"and {None if variance is None else tuple(variance.shape)}"
+        )
+    means = _wide(mean)
+    epistemic = means.var(0, correction=0)
+    aleatoric = torch.zeros_like(epistemic) if variance is None else _wide(variance).mean(0)
+    return {"total": aleatoric + epistemic, "aleatoric": aleatoric, "epistemic": epistemic}
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.detach().to(torch.promote_types(values.dtype, torch.float32))
+
+
 def find_uncertainties(output: Any) -> dict[str, Tensor]:
     """The real tensors in `output` under one of `KEYS`, by kind.
 
     Args:
         output: a dict, or anything with attributes: a dataclass, a named tuple, an object.
 
-    >>> import torch
     >>> find_uncertainties({"logits": torch.zeros(2), "epistemic": torch.ones(2)})
     {'epistemic': tensor([1., 1.])}
     """

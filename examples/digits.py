@@ -63,12 +63,11 @@ class BayesianViT(nn.Module):
         # The mean of softmax under a normal distribution of the logits, as MacKay (1992) has it.
         logits = self.mean(x) / (1 + math.pi / 8 * F.softplus(self.variance(x))).sqrt()
         p = logits.softmax(-1).unflatten(0, (samples, -1))  # (S, B, 10)
-        total = torch.special.entr(p.mean(0)).sum(-1)  # nats
-        aleatoric = torch.special.entr(p).sum(-1).mean(0)
+        found = bthooks.decompose_uncertainty(p)
         return {
             "probabilities": p.mean(0),
-            "epistemic_uncertainty": total - aleatoric,  # what the passes disagree about
-            "aleatoric_uncertainty": aleatoric,
+            "epistemic_uncertainty": found["epistemic"],  # what the passes disagree about
+            "aleatoric_uncertainty": found["aleatoric"],
         }
 
 
@@ -86,6 +85,14 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, samples: int) -> dict[str, Tensor]:
     output = model.eval()(images, samples)
     return output | {"accuracy": (output["probabilities"].argmax(-1) == labels).float().mean()}
+
+
+def temperature(probabilities: Tensor, labels: Tensor) -> float:
+    """The T for which softmax(log p / T) fits best (Guo et al., 2017)."""
+    logits = probabilities.clamp_min(1e-9).log()
+    candidates = torch.linspace(0.25, 4, 151)
+    losses = [F.cross_entropy(logits / t, labels) for t in candidates]
+    return candidates[torch.stack(losses).argmin()].item()
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
@@ -130,8 +137,21 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         bthooks.log_uncertainty_metrics(
             writer, epistemic, steps, aleatoric=aleatoric, prefix=prefix
         )
+        bthooks.log_calibration(
+            writer, output["probabilities"], y_test, steps, uncertainty=epistemic, prefix=prefix
+        )
         figures[f"{name}_accuracy"] = output["accuracy"].item()
         figures[f"{name}_epistemic"] = epistemic.mean().item()
+
+    # Temperature scaling: fitted on one half of the test images, shown on the other.
+    p, half = evaluate(model, x_test, y_test, samples=16)["probabilities"], len(y_test) // 2
+    t = temperature(p[:half], y_test[:half])
+    scaled = (p[half:].clamp_min(1e-9).log() / t).softmax(-1)
+    for name, shown in (("before", p[half:]), ("after", scaled)):
+        prefix = f"test/{name}_temperature"
+        bthooks.log_calibration(writer, shown, y_test[half:], steps, prefix=prefix)
+        figures[f"ece_{name}"] = bthooks.calibration_stats(shown, y_test[half:])["ece"].item()
+
     hparams = {"rate": rate, "batch_size": batch_size, "epochs": args.epochs, "dropout": 0.1}
     bthooks.log_hparams(writer, hparams, figures)
     writer.close()
@@ -140,6 +160,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     print(
         f"epistemic uncertainty: {figures['upright_epistemic']:.3f} nats upright, "
         f"{figures['rotated_epistemic']:.3f} nats rotated"
+    )
+    print(
+        f"expected calibration error: {figures['ece_before']:.3f}, "
+        f"{figures['ece_after']:.3f} at temperature {t:.2f}"
     )
     print(f"tensorboard --logdir {args.log_dir}")
     return figures | {"seconds": seconds}

@@ -20,7 +20,7 @@ from .models import Transformer, batch
 PACKAGE = Path(bthooks.__file__).parent
 MODULES = sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE)]))
 PURE = {"names", "fastpath", "fused", "images", "attention", "gradients", "histograms"}
-PURE |= {"scores", "sharded", "uncertainty", "finite", "alerts"}
+PURE |= {"calibration", "scores", "sharded", "uncertainty", "finite", "alerts"}
 ORDER = [  # a module imports those behind it only
     "attach",
     "handle",
@@ -38,6 +38,7 @@ ORDER = [  # a module imports those behind it only
     "operators",
     "report",
     "stack",
+    "dropout",
     "steps",
     "writers",
     "backlog",
@@ -53,6 +54,7 @@ ORDER = [  # a module imports those behind it only
     "finite",
     "images",
     "histograms",
+    "calibration",
     "uncertainty",
     "names",
 ]
@@ -147,6 +149,13 @@ CALLS = {
     "log_model_histograms": lambda w: bthooks.log_model_histograms(w, model_with_gradients(), 0),
     "log_activations": lambda w: bthooks.log_activations(
         w, {"a": torch.tensor([1.0, torch.nan])}, 0
+    ),
+    "log_calibration": lambda w: bthooks.log_calibration(
+        w,
+        torch.tensor([[0.9, 0.1], [0.3, 0.7]]),
+        torch.zeros(2).long(),
+        0,
+        uncertainty=torch.rand(2),
     ),
     "log_text": lambda w: bthooks.log_text(w, "tag", "text", 0),
     "log_hparams": lambda w: bthooks.log_hparams(w, {"lr": 1}, {"accuracy": 1}),

@@ -4,6 +4,7 @@ import functools
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 from bthooks import attach
 
@@ -18,6 +19,8 @@ def implementations(name):
     """The model's implementations of attention that run on the CPU."""
     configuration = getattr(transformers, f"{name}Config")(**zoo.ZOO[name])
     kind = transformers.AutoModel._model_mapping[type(configuration)]
+    if name == "Gemma2" and Version(transformers.__version__) < Version("5.21"):
+        return ("eager",)  # until then its sdpa left the softcap out
     return ("eager", "sdpa") if kind._supports_sdpa else ("eager",)
 
 
@@ -32,9 +35,11 @@ def gradients(model, output):
 
 def assert_unchanged(model, run, context, tmp_path):
     """Hold output, gradients and RNG state of `run` against those under an attachment."""
+    before = torch.get_rng_state()
     with CONTEXTS[context]():
         plain = run()
     state, expected = torch.get_rng_state(), gradients(model, plain)
+    torch.set_rng_state(before)  # some draw even where nothing is dropped
     with attach(model, tmp_path, every=1, attention_rows=None, on_error="raise"):
         with CONTEXTS[context]():
             seen = run()

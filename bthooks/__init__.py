@@ -1,6 +1,6 @@
 """bthooks: true attention, gradient and uncertainty numbers from an unmodified PyTorch model."""
 
-from .alerts import Alert
+from .alerts import Alert, Thresholds
 from .attach import attach
 from .attention import attention_stats
 from .calibration import calibration_bins, calibration_of, calibration_stats
@@ -29,6 +29,7 @@ __all__ = [
     "Handle",
     "Histogram",
     "Report",
+    "Thresholds",
     "Writer",
     "attach",
     "attention_stats",

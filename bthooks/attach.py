@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .alerts import Alert
+from .alerts import Alert, Thresholds
 from .handle import KINDS, ON_REQUEST, Handle, attachments
 from .names import Selector, globs, selector, tag
 from .steps import Cadence
@@ -29,6 +29,7 @@ def attach(
     include: Selector = None,
     prefix: str = "",
     step: int = 0,
+    thresholds: Thresholds = Thresholds(),
     on_alert: Callable[[Alert], object] | None = None,
     on_error: Literal["warn", "raise"] = "warn",
 ) -> Handle:
@@ -46,6 +47,7 @@ def attach(
         include: which module paths and parameter names: a glob, several, or a function.
         prefix: joined in front of every tag with "/".
         step: the number of the first step.
+        thresholds: what counts as vanishing, exploding, collapsed and so on.
         on_alert: called with each `Alert`, which is also warned of, and in `Handle.alerts`.
         on_error: "warn" says once what could not be measured; "raise" is for tests.
 
@@ -65,7 +67,8 @@ def attach(
     | `parameters/<name>`, `gradients/distribution/<name>` | histograms |
     | `activations/<module>` | histograms ("activations") |
     | `health/nonfinite/<kind>/<name>` | values in a histogram that were not finite, unless none |
-    | `health/alerts` | text: what began to be wrong, as the first module that is not finite |
+    | `health/<condition>` | fraction of the layers, heads, ... that are in it; see `Alert` |
+    | `health/alerts` | text: what began to be wrong, where and by how much; what is over |
     | `val/...` | the same of the first forward in eval mode after a step |
 
     >>> model = nn.Linear(2, 2)
@@ -97,6 +100,8 @@ def attach(
         raise ValueError(f"attach: step={step!r}: expected a whole number from 0, below 2**62")
     if not isinstance(prefix, str):
         raise TypeError(f"attach: prefix is a str, got {prefix!r}")
+    if not isinstance(thresholds, Thresholds):
+        raise TypeError(f"attach: thresholds is a bthooks.Thresholds(...), got {thresholds!r}")
     if on_alert is not None and not callable(on_alert):
         raise TypeError(f"attach: on_alert is a function of an Alert, got {on_alert!r}")
     if on_error not in ("warn", "raise"):
@@ -144,6 +149,7 @@ def attach(
         rows=attention_rows,
         cadences=(every, histograms_every),
         step=step,
+        thresholds=thresholds,
         on_alert=on_alert,
         strict=on_error == "raise",
     )

@@ -1,7 +1,7 @@
 """Attention: statistics from weights, or from query and key without the L x S matrix. Pure.
 
 In: `weights (batch, heads, query, key)`, or `query`, `key` and the mask as the kernel saw them.
-Between: `sums (heads, 12)`, float32 or better, which merge over rows, batches and calls.
+Between: `sums (heads, 13)`, float32 or better, which merge over rows, batches and calls.
 Out: one value per statistic, per head or for the whole map.
 """
 
@@ -28,7 +28,7 @@ STATISTICS = (
 )
 
 _FAR = -5e3  # a score that far below the largest of its row is one that was hidden
-_ADDED = 10  # the sums that merge by adding; the last two are maxima
+_ADDED = 11  # the sums that merge by adding; the last two are maxima
 
 
 def attention_stats(weights: Tensor) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ def attention_stats(weights: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def sums_of_weights(weights: Tensor, rows: int | None = None) -> Tensor:
-    """The sums of one map from its weights `(..., heads, query, key)`: `(heads, 12)`.
+    """The sums of one map from its weights `(..., heads, query, key)`: `(heads, 13)`.
 
     `rows` as in `sums_of_query_key`.
     """
@@ -96,7 +96,7 @@ def sums_of_weights(weights: Tensor, rows: int | None = None) -> Tensor:
 def sums_of_query_key(
     query: Tensor, key: Tensor, *, rows: int | None = None, **arguments: Any
 ) -> Tensor:
-    """The sums of one map as softmax(scale query key^T + mask) would give them: `(heads, 12)`.
+    """The sums of one map as softmax(scale query key^T + mask) would give them: `(heads, 13)`.
 
     Args:
         rows: take this many query rows, evenly spread; None takes all.
@@ -119,7 +119,7 @@ def sums_of_query_key(
 
 @torch.no_grad()
 def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | None = None) -> Tensor:
-    """The sums of one map from the scores `(..., heads, L, S)` of its softmax: `(heads, 12)`.
+    """The sums of one map from the scores `(..., heads, L, S)` of its softmax: `(heads, 13)`.
 
     A key that is not seen has a score 5e3 or more below the largest of its row; a row sees none
     where all are -1e4 or below and equal, what was added to them having swallowed them.
@@ -204,8 +204,8 @@ def merge(a: Tensor, b: Tensor) -> Tensor:
 
 
 def finalize(sums: Tensor) -> dict[str, Tensor]:
-    """The statistics of the sums `(heads, 12)`, each `(heads,)`; NaN where nothing was seen."""
-    rows, entropy, pairs, normalized, count, total, squares, first, dead, all_rows = sums.T[:_ADDED]
+    """The statistics of the sums `(heads, 13)`, each `(heads,)`; NaN where nothing was seen."""
+    rows, entropy, pairs, normalized, count, total, squares, first, dead, every, _ = sums.T[:_ADDED]
     variance = (squares - total.square() / count) / (count - 1).clamp(min=1)
     nothing = torch.where(rows > 0, 0.0, torch.nan)
     values = (
@@ -216,7 +216,7 @@ def finalize(sums: Tensor) -> dict[str, Tensor]:
         sums[:, _ADDED] + nothing,
         sums[:, _ADDED + 1] + nothing,
         first / rows,
-        dead / all_rows,
+        dead / every,
     )
     return dict(zip(STATISTICS, values, strict=True))
 
@@ -228,7 +228,7 @@ def whole(maps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     """
     if not maps:
         return {}
-    sums = torch.cat([_over_heads(found) for found in maps.values()])  # (maps, 12)
+    sums = torch.cat([_over_heads(found) for found in maps.values()])  # (maps, 13)
     values = torch.stack([*finalize(sums).values()], dim=1).tolist()
     found = {}
     for path, own, (rows, pairs, logit) in zip(
@@ -240,6 +240,14 @@ def whole(maps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
         named = zip(STATISTICS, own, strict=True)
         found[path] = {name: value for name, value in named if measured[name]}
     return found
+
+
+def of_heads(sums: Tensor) -> list[tuple[float, float]]:
+    """Of each head, from the sums on the host: entropy in nats, and the keys that a row sees.
+
+    The means over its rows; NaN where no row sees a key.
+    """
+    return (sums[:, [1, _ADDED - 1]] / sums[:, :1]).tolist()
 
 
 def _over_heads(sums: Tensor) -> Tensor:
@@ -269,10 +277,10 @@ def _sums(
     share = torch.where(pairs, visible.clamp(min=2).log().reciprocal(), 0)
     added = torch.stack([entropy, entropy * share, total, squares, first])
     added = torch.where(alive, added, 0).sum((1, 3))  # (5, H)
-    counts = torch.stack([alive, pairs]).expand(2, *entropy.shape)
-    counts = counts.sum((1, 3), dtype=added.dtype)  # (2, H)
+    counts = torch.stack([alive, visible, pairs]).expand(3, *entropy.shape)
+    counts = counts.sum((1, 3), dtype=added.dtype)  # (3, H)
     largest_, logit_ = torch.where(alive, torch.stack([largest, logit]), -torch.inf).amax((1, 3))
     every = torch.full_like(added[0], entropy[:, 0].numel())
-    (rows, pairs_), (entropy_, normalized, *rest) = counts, added
-    both = (rows, entropy_, pairs_, normalized, rows * keys, *rest, every - rows, every)
+    (rows, seen_, pairs_), (entropy_, normalized, *rest) = counts, added
+    both = (rows, entropy_, pairs_, normalized, rows * keys, *rest, every - rows, every, seen_)
     return torch.stack([*both, largest_, logit_], dim=1)

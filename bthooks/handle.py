@@ -25,7 +25,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from .alerts import Alert
+from .alerts import Alert, Figures, Thresholds
 from .forwards import Forwards
 from .hook import Hook
 from .names import module_names, parameter_names
@@ -36,7 +36,7 @@ from .steps import Cadence, Optimizers, Steps
 from .trail import is_compiled
 from .updates import Updates
 from .window import Window
-from .writers import close, is_main_rank, open_writer
+from .writers import Event, close, is_main_rank, open_writer
 
 KINDS = ("attention", "gradients", "learning_rate", "uncertainty", "histograms")
 ON_REQUEST = ("activations", "updates")
@@ -62,6 +62,7 @@ class Handle:
         rows: int | None,
         cadences: tuple[Cadence, Cadence],
         step: int,
+        thresholds: Thresholds,
         on_alert: Callable[[Alert], object] | None,
         strict: bool,
     ) -> None:
@@ -82,7 +83,7 @@ class Handle:
         self.writer: Any = None if isinstance(target, Path) else target
         if self._opened:
             self.writer = open_writer(target, backend)
-        self._outbox = Outbox(self.writer, prefix, on_alert, self._ledger)
+        self._outbox = Outbox(self.writer, prefix, thresholds, on_alert, self._ledger)
         self._updates = Updates(selected, self._kinds, self._ledger)
         self._forwards = Forwards(
             self._root,
@@ -130,6 +131,10 @@ class Handle:
     def alerts(self) -> tuple[Alert, ...]:
         """What began to be wrong so far, in the order in which it was seen."""
         return tuple(self._outbox.alerts)
+
+    def judge(self, event: Event, number: int, prefix: str) -> None:
+        """Judge the scalars of `event`, which go under `prefix`, by the thresholds."""
+        self._outbox.judge(event, Figures(event.scalars), number, prefix)
 
     def advance(self) -> None:
         """Say, after it, that an optimizer stepped that is no `torch.optim.Optimizer`."""

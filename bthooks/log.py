@@ -25,6 +25,7 @@ from .checks import (
     checked_weights,
 )
 from .gradients import gradient_norms
+from .handle import attachments
 from .histograms import histogram
 from .images import reliability_diagram
 from .names import parameter_names, tag
@@ -225,7 +226,8 @@ def log_calibration(
     | `calibration/aurc` | with it: the risk-coverage area |
     | `calibration/reliability` | image: accuracy over confidence |
 
-    What can't be said (`auroc`, where all are right) is left out.
+    What can't be said (`auroc`, where all are right) is left out. Where an attachment has this
+    writer, its thresholds judge the error, and `health/miscalibration` (0 or 1) is written too.
 
     >>> p, targets = torch.rand(100, 10).softmax(-1), torch.randint(10, (100,))
     >>> log_calibration(writer, p, targets, step=0, uncertainty=1 - p.amax(-1))
@@ -252,6 +254,9 @@ def log_calibration(
     scalars = {f"calibration/{name}": v for name, v in zip(stats, numbers, strict=True)}
     event = Event({tag: value for tag, value in scalars.items() if not math.isnan(value)})
     event.images["calibration/reliability"] = reliability_diagram(bins)
+    for handle in attachments():
+        if handle.writer is writer:
+            handle.judge(event, checked_step(step), prefix)
     write(writer, prefixed(event, prefix), checked_step(step))
 
 

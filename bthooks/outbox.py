@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .alerts import Alert, Episodes
+from .alerts import Alert, Figures, Health, Thresholds
 from .names import tag
-from .readings import Reading, Readings, compose
+from .readings import Reading, Readings, compose, figures
 from .report import Ledger
 from .scaling import Skips, is_any_scaler
 from .steps import Due
@@ -34,6 +34,7 @@ class Outbox:
 
     Args:
         prefix: in front of every tag.
+        thresholds: what is judged by.
         on_alert: called with each alert.
         ledger: told what can't be written, and the alerts.
     """
@@ -42,11 +43,13 @@ class Outbox:
         self,
         writer: Any,
         prefix: str,
+        thresholds: Thresholds,
         on_alert: Callable[[Alert], object] | None,
         ledger: Ledger,
     ) -> None:
         self._writer, self._prefix, self._ledger = writer, prefix, ledger
-        self._on_alert, self._episodes = on_alert, Episodes()
+        self._on_alert, self._thresholds = on_alert, thresholds
+        self._health: dict[str, Health] = {}  # by the prefix of the numbers
         self.alerts: list[Alert] = []
         self.skips = Skips()
         self._scalers: bool | None = None  # whether there is any
@@ -84,14 +87,33 @@ class Outbox:
 
     def _write(self, batch: Batch, readings: Readings) -> None:
         event = compose(readings, model=True, images=batch.due.histograms, skips=self.skips)
-        for alert in self._episodes.judge(readings.forwards, batch.number, batch.prefix):
-            self._tell(alert)
-            event.texts["health/alerts"] = str(alert)
         self._without_scaled(readings, event)
+        self.judge(event, figures(readings, event), batch.number, batch.prefix)
         event = prefixed(event, tag(self._prefix, batch.prefix))
         event = self._unwritten(event, batch.number)
         is_settled = hand_over(self._writer, event, batch.number, patient=not self._lost)
         self._unsettled[batch.number] = is_settled
+
+    def judge(self, event: Event, figures: Figures, number: int, prefix: str) -> None:
+        """Put into `event` what is wrong by the figures, and tell what begins to be."""
+        with self._ledger.guard("health"):
+            health = self._health.setdefault(prefix, Health(self._thresholds))
+            shares, begun, cleared = health.check(figures, number)
+            event.scalars |= {f"health/{condition}": share for condition, share in shares.items()}
+            if prefix:  # what training tells is not told again
+                training = self._health.get("", health)
+                begun = [alert for alert in begun if not training.lasts(alert.condition)]
+                cleared = [over for over in cleared if over._replace(cleared=None) in self.alerts]
+            if told := [*begun, *cleared]:
+                event.texts["health/alerts"] = "\n\n".join(map(str, told))
+            for over in cleared:
+                self.alerts[self.alerts.index(over._replace(cleared=None))] = over
+            self.alerts += begun
+            for alert in begun:
+                self._ledger.warn(str(alert))
+                if self._on_alert is not None:
+                    with self._ledger.guard("on_alert"):
+                        self._on_alert(alert)
 
     @contextlib.contextmanager
     def _losing(self, number: int) -> Iterator[None]:
@@ -123,13 +145,6 @@ class Outbox:
                 "left out: the gradients at the end of backward() seem to be those of a scaled "
                 "loss, and the optimizer was not called by scaler.step(optimizer)",
             )
-
-    def _tell(self, alert: Alert) -> None:
-        self.alerts.append(alert)
-        self._ledger.warn(str(alert))
-        if self._on_alert is not None:
-            with self._ledger.guard("on_alert"):
-                self._on_alert(alert)
 
     def flush(self) -> None:
         """Write what waits, to the disk."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import attention, gradients
+from .alerts import Figures
 from .finite import Forward
 from .histograms import Histogram, histogram
 from .images import heat_map
@@ -33,7 +34,7 @@ class Readings:
     norms: dict[str, Tensor] = field(default_factory=dict)  # parameter name -> 0-d
     unclipped: dict[str, Tensor] = field(default_factory=dict)  # the same, before clipping
     scaling: Scaling | None = None  # of the loss
-    attention: dict[str, Tensor] = field(default_factory=dict)  # module path -> (heads, 12)
+    attention: dict[str, Tensor] = field(default_factory=dict)  # module path -> (heads, 13)
     histograms: dict[str, Histogram] = field(default_factory=dict)  # tag -> buckets
     samples: dict[str, Tensor] = field(default_factory=dict)  # tag -> (n,), drawn as histogram
     forwards: list[Forward] = field(default_factory=list)  # what was not finite in each
@@ -145,6 +146,22 @@ def compose(
         if nonfinite := float(found_.summary[5]):
             scalars[f"health/nonfinite/{tag.replace('/distribution', '', 1)}"] = nonfinite
     return Event(scalars, readings.histograms, drawn)
+
+
+def figures(readings: Readings, event: Event) -> Figures:
+    """What `readings`, which are on the host and amount to `event`, are judged by."""
+    start = "activations/"
+    summaries = {
+        tag.removeprefix(start): found.summary.tolist()
+        for tag, found in readings.histograms.items()
+        if tag.startswith(start)
+    }
+    return Figures(
+        event.scalars,
+        {path: attention.of_heads(sums) for path, sums in readings.attention.items()},
+        {path: (low, high) for path, (low, high, count, *_) in summaries.items() if count > 1},
+        readings.forwards,
+    )
 
 
 def learning_rates(optimizer: Optimizer, index: int = 0) -> dict[str, Tensor | float]:

@@ -221,7 +221,7 @@ def test_sums_merge_as_if_measured_together():
     together = whole(sums_of_query_key(q, k))
     apart = merge(sums_of_query_key(q[:1], k[:1]), sums_of_query_key(q[1:], k[1:]))
     assert_near(whole(apart), together, 1e-6)
-    assert merge(apart, sums_of_query_key(q[:, :2], k[:, :2])).shape == (1, 12)
+    assert merge(apart, sums_of_query_key(q[:, :2], k[:, :2])).shape == (1, 13)
 
 
 def test_a_nan_score_shows_as_nan():

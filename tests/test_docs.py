@@ -23,12 +23,11 @@ PURE = {"names", "fastpath", "fused", "images", "attention", "gradients", "histo
 PURE |= {"calibration", "scores", "sharded", "uncertainty", "finite", "alerts"}
 ORDER = [  # a module imports those behind it only
     "attach",
-    "handle",
     "log",
+    "handle",
     "forwards",
     "outbox",
     "updates",
-    "alerts",
     "readings",
     "scaling",
     "window",
@@ -51,6 +50,7 @@ ORDER = [  # a module imports those behind it only
     "scores",
     "gradients",
     "sharded",
+    "alerts",
     "finite",
     "images",
     "histograms",

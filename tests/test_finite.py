@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import bthooks
+from bthooks import Thresholds
 
 from .conftest import read
 from .models import Transformer, batch
@@ -283,11 +284,13 @@ def test_the_last_of_many_micro_batches_is_looked_at():
 
 def test_one_alert_for_an_episode(tmp_path):
     model = chain(Breaking(BREAKS["nan"]))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    quiet = Thresholds(vanishing=0, exploding=math.inf)
     told = []
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        with bthooks.attach(model, tmp_path, every=2, on_alert=told.append) as handle:
+        options = {"every": 2, "thresholds": quiet, "on_alert": told.append}
+        with bthooks.attach(model, tmp_path, **options) as handle:
             for step in range(20):
                 model[1][1].on = 3 <= step < 7 or step in (9, 12)
                 for half in X.expand(2, 3, 4).split(1):
@@ -296,12 +299,13 @@ def test_one_alert_for_an_episode(tmp_path):
                     parameter.grad.nan_to_num_(0.0)
                 optimizer.step()
     assert [alert.step for alert in told] == [4, 12]  # 9 is not logged
-    assert list(handle.alerts) == told
+    assert [alert._replace(cleared=None) for alert in handle.alerts] == told
+    assert [alert.cleared for alert in handle.alerts] == [10, 16]
     texts = [str(w.message) for w in warned if "nonfinite" in str(w.message)]
     assert len(texts) == 2
     assert texts[0].startswith("bthooks: nonfinite: 1.1: step 4: ")
     logged = read(tmp_path).texts
-    assert [step for step, _ in logged["health/alerts/text_summary"]] == [4, 12]
+    assert [step for step, _ in logged["health/alerts/text_summary"]] == [4, 10, 12, 16]
 
 
 def test_a_callback_that_raises_costs_nothing(tmp_path):

@@ -200,7 +200,7 @@ def test_a_writer_that_fails_does_not_stop_training(tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["torch", "tensorboardX"])
-def test_a_writer_that_hangs_does_not_stop_training(backend, tmp_path, monkeypatch):
+def test_a_writer_that_hangs_does_not_stop_training(backend, tmp_path, monkeypatch, request):
     monkeypatch.setattr(bthooks.backlog, "PATIENCE", 0.3)
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -210,12 +210,14 @@ def test_a_writer_that_hangs_does_not_stop_training(backend, tmp_path, monkeypat
     name = "write_event" if backend == "tensorboardX" else "write"
     write, goes_on = getattr(stream, name), threading.Event()
     monkeypatch.setattr(stream, name, lambda data: goes_on.wait() and write(data))
+    request.addfinalizer(goes_on.set)  # else tensorboardX's own exit handler hangs
     handle = attach(model, writer, every=1)
 
     def train():
         for _ in range(50):
             model(torch.ones(1, 2)).sum().backward()
             optimizer.step()
+            optimizer.zero_grad()
         handle.detach()
 
     with pytest.warns(RuntimeWarning, match="does the disk hang") as caught:

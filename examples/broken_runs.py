@@ -1,0 +1,162 @@
+"""Runs that go wrong on purpose, one fault each, and what bthooks says of them.
+
+    python examples/broken_runs.py
+
+| run | what is done to it | what is told |
+| --- | --- | --- |
+| healthy | nothing | nothing |
+| rate | SGD with momentum and a rate of 0.5 | exploding_gradients |
+| no_warmup | Adam with 0.03 from the first step | attention_logits |
+| saturated | the queries of one layer times 100 | attention_collapse |
+| depth | 16 sigmoid layers | vanishing_gradients |
+| nan | log of what may be negative, from step 30 on | nonfinite |
+| root | a square root at 0: the loss is finite, its gradient is not | nonfinite_gradients |
+| normalized | every layer's gradient scaled to the norm 1 | collapsed_gradients |
+| dead | a ReLU whose bias is far below 0 | dead_activations |
+| schedule | a rate that is at 0 half-way | learning_rate |
+| confident | twenty times the logits when evaluated | miscalibration |
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+
+import bthooks
+
+STEPS, WIDTH = 150, 32
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+        self.mlp = nn.Sequential(
+            nn.Linear(WIDTH, 2 * WIDTH), nn.ReLU(), nn.Linear(2 * WIDTH, WIDTH)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """Images (B, 8, 8), whose rows are the tokens, to logits (B, 10)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row, self.position = nn.Linear(8, WIDTH), nn.Parameter(torch.randn(8, WIDTH) / 2)
+        self.blocks = nn.Sequential(*(Block() for _ in range(3)))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.row(images) + self.position).mean(1)))
+
+
+class Deep(nn.Module):
+    """An MLP of sigmoids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Sequential(nn.Linear(64, 64), nn.Sigmoid()) for _ in range(16)]
+        self.layers, self.head = nn.Sequential(*layers), nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.layers(images.flatten(1)))
+
+
+class Broken(nn.Module):
+    """What it wraps, and `function` of the result from step 30 on."""
+
+    def __init__(self, inner: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.function, self.forwards = inner, function, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += self.training
+        y = self.inner(x)
+        return self.function(y) if self.forwards > 30 else y
+
+
+def normalize(gradient: Tensor) -> Tensor:
+    return gradient / gradient.norm().clamp_min(1e-12)
+
+
+def train(name: str, log_dir: str, backend: str) -> bthooks.Handle:
+    """Train one run, with its fault."""
+    torch.manual_seed(0)
+    data = load_digits()
+    images, labels = torch.from_numpy(data.images / 16).float(), torch.from_numpy(data.target)
+    model = Deep() if name == "depth" else ViT()
+    optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    warmup = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
+    capture = None
+    if name == "rate":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    elif name == "no_warmup":
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    elif name == "saturated":
+        with torch.no_grad():
+            model.blocks[1].attention.in_proj_weight[:WIDTH] *= 100
+    elif name == "nan":
+        model.blocks[2].mlp = Broken(model.blocks[2].mlp, torch.log)
+    elif name == "root":
+        model.blocks[2].mlp = Broken(model.blocks[2].mlp, lambda y: (y * 0).sqrt())
+    elif name == "normalized":
+        for parameter in model.parameters():
+            parameter.register_hook(normalize)
+    elif name == "dead":
+        nn.init.constant_(model.blocks[0].mlp[0].bias, -100.0)
+        capture = ("attention", "gradients", "learning_rate", "activations")
+    elif name == "schedule":
+        warmup = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / (STEPS // 2)))
+
+    with bthooks.make_writer(log_dir, name, backend=backend) as writer:
+        handle = bthooks.attach(
+            model, writer, capture=capture, every=5, histograms_every=10, on_alert=print
+        )
+        for _ in range(STEPS):
+            batch = torch.randint(1500, (64,))
+            loss = F.cross_entropy(model.train()(images[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            bthooks.log_metrics(writer, {"loss": loss}, handle.step)
+            optimizer.step()
+            warmup.step()
+            if handle.step % 25 == 0:
+                with torch.no_grad():
+                    logits = model.eval()(images[1500:]) * (20 if name == "confident" else 1)
+                if logits.isfinite().all():
+                    bthooks.log_calibration(
+                        writer, logits.softmax(-1), labels[1500:], handle.step - 1, prefix="val"
+                    )
+        handle.detach()
+    return handle
+
+
+NAMES = ("healthy", "rate", "no_warmup", "saturated", "depth", "nan", "root", "normalized")
+NAMES += ("dead", "schedule", "confident")
+
+
+def main(arguments: list[str] | None = None) -> dict[str, tuple[bthooks.Alert, ...]]:
+    """The alerts of each run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", default=NAMES, help=", ".join(NAMES))
+    parser.add_argument("--backend", choices=["torch", "tensorboardX"], default="torch")
+    parser.add_argument("--log-dir", default="runs/broken")
+    args = parser.parse_args(arguments)
+    found = {}
+    for name in args.runs:
+        print(f"{name}:")
+        found[name] = train(name, args.log_dir, args.backend).alerts
+    return found
+
+
+if __name__ == "__main__":
+    main()

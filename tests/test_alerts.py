@@ -1,0 +1,266 @@
+import importlib.util
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import bthooks
+from bthooks import Thresholds, attach
+from bthooks.alerts import Figures, Health
+
+from .conftest import read
+from .models import Transformer, batch
+
+spec = importlib.util.spec_from_file_location(
+    "broken_runs", Path(__file__).parent.parent / "examples" / "broken_runs.py"
+)
+broken_runs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(broken_runs)
+
+TOLD = {
+    "healthy": {},
+    "rate": {"exploding_gradients": "norm"},
+    "no_warmup": {"attention_logits": "blocks.0.attention"},
+    "saturated": {"attention_collapse": "blocks.1.attention"},
+    "depth": {"vanishing_gradients": "layers.0.0"},
+    "nan": {"nonfinite": "blocks.2.mlp"},
+    "root": {"nonfinite_gradients": "blocks.2.mlp.inner.2.bias"},
+    "normalized": {"collapsed_gradients": "root"},
+    "dead": {"dead_activations": "blocks.0.mlp.1"},
+    "schedule": {"learning_rate": "learning_rate/0"},
+    "confident": {"miscalibration": "calibration/ece"},
+}
+BEGAN = {"nan": 30, "root": 30}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_broken_run_says_what_is_wrong_with_it(name, tmp_path, capsys):
+    assert set(broken_runs.NAMES) == set(TOLD)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        alerts = broken_runs.main([name, "--log-dir", str(tmp_path)])[name]
+    found = {alert.condition: alert for alert in alerts}
+    assert len(found) == len(alerts)
+    assert {c: found[c].where for c in TOLD[name]} == TOLD[name]
+    said = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+    assert said == [f"bthooks: {alert._replace(cleared=None)}" for alert in alerts]
+    assert capsys.readouterr().out.count("step") == len(alerts)
+    run = read(tmp_path)
+    if not TOLD[name]:
+        assert not alerts
+        assert not run.texts
+        return
+    ((condition, _),) = TOLD[name].items()
+    alert = found[condition]
+    prefix = "val/" if condition == "miscalibration" else ""
+    texts = dict(run.texts[f"{prefix}health/alerts/text_summary"])
+    assert str(alert._replace(cleared=None)) in texts[alert.step]
+    assert run.value(f"{prefix}health/{condition}", alert.step) > 0
+    points = [value for _, value in run.scalars[f"{prefix}health/{condition}"]]
+    before = points.index(next(filter(None, points)))  # where it was first seen
+    begun = [step for step, _ in run.scalars[f"{prefix}health/{condition}"]].index(alert.step)
+    assert begun - before <= 3
+    assert alert.step >= BEGAN.get(name, 0)
+
+
+def scalars(**values):
+    """Scalars of which the tags are written with __ for /."""
+    return {tag.replace("__", "/"): value for tag, value in values.items()}
+
+
+def checked(figures, thresholds=Thresholds(), step=10):  # noqa: B008
+    """The alerts begun after each of the figures."""
+    health = Health(thresholds)
+    return [[str(a) for a in health.check(f, step * at).begun] for at, f in enumerate(figures)]
+
+
+def layers(*norms):
+    return {f"gradients/layer_mean/l{at}": norm for at, norm in enumerate(norms)}
+
+
+def total(before, after=1.0):
+    norms = {"gradients/total_norm": after, "gradients/total_norm_before_clip": before}
+    return Figures(layers(0.1, 0.2) | norms)
+
+
+def rates(*values):
+    return [Figures({"learning_rate/0": value}) for value in values]
+
+
+def heads(*found):
+    return Figures({}, heads={"a": found})
+
+
+HEALTHY = {
+    "nothing": [Figures({})] * 4,
+    "one check": [total(1), total(11), total(1), total(11), total(1)],
+    "no gradient at first": [Figures(layers(1, 0)), Figures(layers(1, 1e-3))],
+    "few keys": [heads((0.0, 3.0))] * 3,
+    "no key": [heads((math.nan, math.nan))] * 3,
+    "warm-up": rates(*(1e-8 * 2**at for at in range(30))),
+    "cosine": rates(*(1 + math.cos(math.pi * at / 20) for at in range(20)), 0.0),
+    "warm restart": rates(1.0, 0.1, 0.01, 0.001, 1e-4, 1e-5, 1e-6, 1.0, 0.1, 0.01),
+    "large from the first": [Figures({"attention/max_logit/a": 300.0})] * 4,
+    "three layers of one norm": [Figures(layers(1, 1, 1))] * 4,
+    "falling loss": [Figures(layers(10.0**-at, 2 * 10.0**-at) | {"gradients/total_norm": 1.0})
+                     for at in range(9)],
+    "off": [total(math.inf), total(1e30), total(1e30)],
+}  # fmt: skip
+ILL = {
+    "total": ([total(11)] * 2, "exploding_gradients: l1: step 10: the norm of all"),
+    "layer": (
+        [Figures(layers(1, n) | {"gradients/total_norm": 1.0}) for n in [1] * 9 + [20] * 2],
+        "exploding_gradients: l1: step 100: its gradient norm is 10 ** 1.3 times",
+    ),
+    "clipped layer": (
+        [total(*norms) for norms in [(0.5, 0.5)] * 9 + [(6.0, 0.5)] * 2],
+        "exploding_gradients: l0: step 100: its gradient norm is 10 ** 1.0 times",
+    ),
+    "vanishing": ([Figures(layers(1e-6, 1, 0.3))] * 2, "vanishing_gradients: l0: step 10: its"),
+    "none at all": ([Figures(layers(0, 0))] * 2, "vanishing_gradients: l0: step 10: its mean"),
+    "collapsed": ([Figures(layers(1, 1, 1.001, 1))] * 2, "collapsed_gradients: root: step 10"),
+    "head": ([heads((1.0, 9.0), (0.05, 9.0))] * 2, "attention_collapse: a: step 10: head 1: its"),
+    "logit": (
+        [Figures({"attention/max_logit/a": logit}) for logit in (5.0, 101.0, 120.0)],
+        "attention_logits: a: step 20: its largest score is 120",
+    ),
+    "rate at 0": (rates(1.0, 0.5, 0.0, 0.0), "learning_rate: learning_rate/0: step 30: 0 while"),
+    "jump": (rates(*[1.0] * 8, 10.0, 10.0), "learning_rate: learning_rate/0: step 90: 10, "),
+    "endless warm-up": (
+        rates(*(0.01 * at for at in range(1, 1003))),
+        "learning_rate: learning_rate/0: step 10010: has risen for all 10010 steps",
+    ),
+    "dead": ([Figures({}, activations={"relu": (0.0, 0.0)})] * 2, "dead_activations: relu: step"),
+    "calibration": (
+        [Figures({"calibration/ece": 0.2, "calibration/gap": -0.1})] * 2,
+        "miscalibration: calibration/ece: step 10: the expected calibration error is 0.2: under",
+    ),
+    "gradient": ([Figures({"gradients/norm/w": math.nan})], "nonfinite_gradients: w: step 0: its"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_what_is_healthy(name):
+    thresholds = Thresholds(exploding=math.inf) if name == "off" else Thresholds()
+    assert not any(checked(HEALTHY[name], thresholds))
+
+
+@pytest.mark.parametrize("name", ILL)
+def test_what_is_ill(name):
+    figures, said = ILL[name]
+    *before, last = checked(figures)
+    assert not any(before)
+    (alert,) = last
+    assert alert.startswith(said)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([0.0, 4.0, 7.0, 11.0, 1e9]), max_size=30), st.integers(1, 4))
+def test_episodes_begin_and_end_in_turn(totals, checks):
+    health, told = Health(Thresholds(checks=checks, decades=math.inf)), []
+    for step, norm in enumerate(totals):
+        _, begun, cleared = health.check(total(norm), step)
+        told += [("begun", step)] * len(begun) + [("cleared", step)] * len(cleared)
+        assert health.lasts("exploding_gradients") == (len(told) % 2 == 1)
+    expected, now = [], "cleared"
+    for step in range(len(totals)):
+        if step + 1 < checks + (expected[-1][1] + 1 if expected else 0):
+            continue
+        latest = totals[step + 1 - checks : step + 1]
+        over, under = all(n > 10 for n in latest), all(n <= 5 for n in latest)
+        if over if now == "cleared" else under:
+            now = "begun" if over else "cleared"
+            expected.append((now, step))
+    assert told == expected
+
+
+def test_an_overflow_of_the_loss_scale_is_no_alarm(tmp_path):
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=1000)
+    with attach(model, tmp_path, every=1, thresholds=Thresholds(decades=math.inf)) as handle:
+        for _ in range(20):
+            optimizer.zero_grad()
+            scaler.scale(100 * model(torch.ones(4, 8)).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert handle.alerts == ()
+    skipped = [value for _, value in read(tmp_path).scalars["gradients/skipped_steps"]]
+    assert skipped[-1] > 0
+
+
+def test_what_training_tells_is_not_told_again_of_validation(tmp_path):
+    model = Transformer()
+    for block in model.blocks:
+        block.attention.qkv.weight.data[:16] *= 1e3
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+    quiet = Thresholds(vanishing=0, exploding=math.inf, collapsed=0)
+
+    def train():
+        for step in range(4):
+            model.train()(batch(step)[0])["logits"].sum().backward()
+            optimizer.step()
+            model.eval()(batch(step)[0])
+        handle.detach()
+
+    handle = attach(model, tmp_path, every=1, thresholds=quiet)
+    with pytest.warns(RuntimeWarning, match="attention_collapse") as caught:
+        train()
+    assert len(caught) == 1
+    ((alert,),) = (handle.alerts,)
+    assert (alert.step, alert.cleared) == (1, None)
+    run = read(tmp_path)
+    assert run.texts.keys() == {"health/alerts/text_summary"}
+    assert run.value("val/health/attention_collapse", 3) > 0
+
+
+def test_a_flush_in_the_middle_of_a_step_is_no_second_check(tmp_path):
+    model = nn.Linear(4, 4)
+    with attach(model, tmp_path, every=1) as handle:
+        optimizers = [torch.optim.SGD([p], 1e-9) for p in model.parameters()]
+        (model(torch.ones(1, 4)).sum() * 100).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            handle.flush()
+        assert handle.alerts == ()
+
+
+def test_thresholds_are_checked_and_used():
+    with pytest.raises(TypeError, match=r"thresholds is a bthooks.Thresholds\(...\), got \{"):
+        attach(nn.Linear(1, 1), None, thresholds={"exploding": 3})
+    model, x = nn.Linear(4, 1), torch.ones(1, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-9)
+    told = []
+    strict = Thresholds(checks=1, exploding=0.5)
+    handle = attach(model, None, every=1, thresholds=strict, on_alert=told.append)
+    F.mse_loss(model(x), torch.ones(1, 1) * 9).backward()
+    optimizer.step()
+    with pytest.warns(RuntimeWarning, match="exploding_gradients"):
+        handle.detach()
+    assert list(handle.alerts) == told
+    assert [alert.step for alert in told] == [0]
+
+
+def test_calibration_is_judged_by_the_attachment_of_that_writer(tmp_path):
+    p, wrong = torch.eye(3)[[0, 1, 2]], torch.tensor([1, 2, 0])
+    model = nn.Linear(1, 1)
+
+    def evaluate():
+        for step in range(1, 7):
+            bthooks.log_calibration(writer, p, wrong if step < 4 else torch.arange(3), step)
+
+    with bthooks.make_writer(tmp_path, "run") as writer:
+        bthooks.log_calibration(writer, p, wrong, 0)
+        with attach(model, writer) as handle, pytest.warns(RuntimeWarning) as caught:
+            evaluate()
+    assert len(caught) == 1
+    ((alert,),) = (handle.alerts,)
+    assert (alert.condition, alert.step, alert.cleared) == ("miscalibration", 2, 5)
+    points = read(tmp_path).scalars["health/miscalibration"]
+    assert points == [(1, 1), (2, 1), (3, 1), (4, 0), (5, 0), (6, 0)]

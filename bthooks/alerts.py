@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 from .finite import Fault, Forward
 
-HEALTHY_ENTROPY = 0.5, 2.0  # nats, of a layer
-
 
 class Thresholds(NamedTuple):
     """What is still healthy; `attach(..., thresholds=Thresholds(exploding=50.0))`.

@@ -7,10 +7,11 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .alerts import Alert, Figures, Health, Thresholds
+from .dashboard import healthy_band, layout
 from .names import tag
 from .readings import Reading, Readings, compose, figures
 from .report import Ledger
@@ -59,6 +60,7 @@ class Outbox:
         self._lost: list[int] = []  # the numbers that could not be written
         self._lock = threading.RLock()
         self._last: dict[str, int] = {}  # by tag: the number last written
+        self._has_layout = False
 
     def add(self, batch: Batch) -> None:
         self._waiting.append(batch)
@@ -89,6 +91,10 @@ class Outbox:
         event = compose(readings, model=True, images=batch.due.histograms, skips=self.skips)
         self._without_scaled(readings, event)
         self.judge(event, figures(readings, event), batch.number, batch.prefix)
+        if not batch.prefix:
+            event.scalars |= healthy_band() if "attention/mean_entropy" in event.scalars else {}
+            event.layout = {} if self._has_layout else layout(event.scalars)
+            self._has_layout = True
         event = prefixed(event, tag(self._prefix, batch.prefix))
         event = self._unwritten(event, batch.number)
         is_settled = hand_over(self._writer, event, batch.number, patient=not self._lost)
@@ -100,8 +106,8 @@ class Outbox:
             health = self._health.setdefault(prefix, Health(self._thresholds))
             shares, begun, cleared = health.check(figures, number)
             event.scalars |= {f"health/{condition}": share for condition, share in shares.items()}
-            if prefix:  # what training tells is not told again
-                training = self._health.get("", health)
+            training = self._health.get("")
+            if prefix and training is not None:  # what training tells is not told again
                 begun = [alert for alert in begun if not training.lasts(alert.condition)]
                 cleared = [over for over in cleared if over._replace(cleared=None) in self.alerts]
             if told := [*begun, *cleared]:
@@ -159,7 +165,7 @@ class Outbox:
         """`event` without the tags that a flush in the middle of a step has brought this far."""
         parts = [
             {tag: value for tag, value in part.items() if self._last.get(tag, -1) < number}
-            for part in vars(event).values()
+            for part in event.tagged()
         ]
         self._last |= {tag: number for part in parts for tag in part}
-        return Event(*parts)
+        return replace(Event(*parts), layout=event.layout)

@@ -9,7 +9,7 @@ import inspect
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .backlog import settle, wait_for_room, wait_until
+from .dashboard import Layout
 from .histograms import Histogram, raw
 from .names import distinct, tag
 
@@ -44,15 +45,19 @@ class Event:
     histograms: dict[str, Histogram] = field(default_factory=dict)
     images: dict[str, Tensor] = field(default_factory=dict)  # (height, width, 3), uint8
     texts: dict[str, str] = field(default_factory=dict)
+    layout: Layout = field(default_factory=dict)  # of the charts, without tags
+
+    def tagged(self) -> tuple[dict[str, Any], ...]:
+        return self.scalars, self.histograms, self.images, self.texts
 
 
 def prefixed(event: Event, prefix: str) -> Event:
     """`event` with `prefix` in front of every tag, in the characters that every backend keeps."""
     parts = []
-    for part in vars(event).values():
+    for part in event.tagged():
         tags = distinct(tag(prefix, name) for name in part)
         parts.append(dict(zip(tags, part.values(), strict=True)))
-    return Event(*parts)
+    return replace(Event(*parts), layout=event.layout)
 
 
 def check_backend(backend: str) -> str:
@@ -163,6 +168,8 @@ def hand_over(writer: Any, event: Event, step: int, patient: bool = True) -> Cal
             writer.add_image(tag, image.numpy(), step, dataformats="HWC")
         for tag, text in event.texts.items():
             writer.add_text(tag, text, step)
+        if event.layout and hasattr(writer, "add_custom_scalars"):
+            writer.add_custom_scalars(event.layout)
         return _settled
     summary = importlib.import_module(f"{package}.summary")
     Value = summary.Summary.Value
@@ -174,6 +181,8 @@ def hand_over(writer: Any, event: Event, step: int, patient: bool = True) -> Cal
         values.extend(summary.image(tag, image.numpy(), dataformats="HWC").value)
     for tag, text in event.texts.items():
         values.extend(summary.text(tag, text).value)
+    if event.layout:
+        values.extend(summary.custom_scalars(event.layout).value)
     if not values:
         return _settled
     return _add(writer, package, summary.Summary(value=values), step, patient)

@@ -58,6 +58,8 @@ def read(directory: Path | str) -> Run:
     for tag in tags["images"]:
         run.images[tag] = [(e.step, e.encoded_image_string) for e in events.Images(tag)]
     for tag in tags["tensors"]:
+        if events.SummaryMetadata(tag).plugin_data.plugin_name != "text":
+            continue
         values = [(e.step, tensor_util.make_ndarray(e.tensor_proto)) for e in events.Tensors(tag)]
         run.texts[tag] = [(step, value.item().decode()) for step, value in values]
     return run

@@ -20,7 +20,7 @@ from .models import Transformer, batch
 PACKAGE = Path(bthooks.__file__).parent
 MODULES = sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE)]))
 PURE = {"names", "fastpath", "fused", "images", "attention", "gradients", "histograms"}
-PURE |= {"calibration", "scores", "sharded", "uncertainty", "finite", "alerts"}
+PURE |= {"calibration", "scores", "sharded", "uncertainty", "finite", "alerts", "dashboard"}
 ORDER = [  # a module imports those behind it only
     "attach",
     "log",
@@ -53,6 +53,7 @@ ORDER = [  # a module imports those behind it only
     "alerts",
     "finite",
     "images",
+    "dashboard",
     "histograms",
     "calibration",
     "uncertainty",

@@ -22,6 +22,8 @@ MODULES = sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE)]))
 PURE = {"names", "fastpath", "fused", "images", "attention", "gradients", "histograms"}
 PURE |= {"calibration", "scores", "sharded", "uncertainty", "finite", "alerts", "dashboard"}
 ORDER = [  # a module imports those behind it only
+    "__main__",
+    "viewer",
     "attach",
     "log",
     "handle",

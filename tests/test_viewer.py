@@ -1,0 +1,122 @@
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import torch
+from torch import nn
+
+import bthooks
+
+PYTHON = [sys.executable, "-m", "bthooks"]
+
+
+def run(*arguments):
+    command = [*PYTHON, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def trained(directory, backend, weight=1.0):
+    """A run whose gradients explode if the weight is large, and are well again at the end."""
+    with bthooks.make_writer(directory, f"run_{weight:g}", backend=backend) as writer:
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), 1e-9)
+        handle = bthooks.attach(model, writer, every=1)
+        for step in range(8):
+            loss = model(torch.ones(1, 2)).mean() * (1 if step > 5 else weight)
+            optimizer.zero_grad()
+            loss.backward()
+            bthooks.log_metrics(writer, {"loss": loss}, handle.step)
+            optimizer.step()
+            if weight > 100 and step == 5:
+                break
+        handle.detach()
+
+
+@pytest.mark.filterwarnings("ignore:bthooks. exploding_gradients")
+def test_the_report(tmp_path, backend):
+    trained(tmp_path, backend)
+    told = run(tmp_path, "--report")
+    assert told.returncode == 0, told.stderr
+    assert "run_1: step 7" in told.stdout
+    assert re.search(r"train/loss -?\d", told.stdout)
+    assert "no alerts" in told.stdout
+    assert told.stdout.endswith("runs: 1, open alerts: 0\n")
+
+    trained(tmp_path, backend, 100.0)
+    told = run(tmp_path, "--report")
+    assert told.returncode == 0
+    assert "over  exploding_gradients: root: step 1: the norm" in told.stdout
+    assert "cleared: exploding_gradients: root: step 7" in told.stdout
+
+    trained(tmp_path, backend, 1000.0)
+    told = run(tmp_path, "--report")
+    assert told.returncode == 1
+    assert "health/exploding_gradients 50% at step 5" in told.stdout
+    assert told.stdout.endswith("runs: 3, open alerts: 1\n")
+    (line,) = [line for line in told.stdout.splitlines() if line.startswith("  OPEN")]
+    assert line.startswith("  OPEN  exploding_gradients: root: step 1: the norm")
+    assert told.stderr == ""
+
+
+@pytest.mark.parametrize("more", [[], ["--report"]])
+def test_nothing_to_show_is_said(more, tmp_path):
+    told = run(tmp_path / "nonsense", *more)
+    assert (told.returncode, told.stdout) == (2, "")
+    assert f"there is no directory {tmp_path / 'nonsense'}" in told.stderr
+    (tmp_path / "a file").write_text("")
+    assert "is a file" in run(tmp_path / "a file", *more).stderr
+    told = run(tmp_path, *more)
+    assert told.returncode == 2
+    assert "there are no event files" in told.stderr
+    bthooks.make_writer(tmp_path, "empty").close()
+    bthooks.make_writer(tmp_path, "empty_2", backend="tensorboardX").close()
+    told = run(tmp_path, *more)
+    assert told.returncode == 2
+    assert "nothing has been logged yet" in told.stderr
+    assert told.stderr.count("\n") == 1
+
+
+def test_nonsense_is_refused_and_help_is_complete(tmp_path):
+    trained(tmp_path, "torch")
+    assert "a port is a number from 1 to 65535" in run(tmp_path, "--port", 70000).stderr
+    told = run(tmp_path, "--host", "no.such.host.invalid")
+    assert told.returncode == 2
+    assert "can't serve on no.such.host.invalid" in told.stderr
+    told = run("--help")
+    assert told.returncode == 0
+    for option in ("logdir", "--report", "--host", "--port", "6006", "exit status"):
+        assert option in told.stdout
+
+
+def test_it_serves_on_the_next_port_until_ctrl_c(tmp_path):
+    trained(tmp_path, "torch")
+    with socket.create_server(("localhost", 0)) as other:
+        taken = other.getsockname()[1]
+        command = [*PYTHON, str(tmp_path), "--port", str(taken)]
+        flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+        viewer = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, creationflags=flags
+        )
+        try:
+            said = viewer.stdout.readline() + viewer.stdout.readline()
+            found = re.fullmatch(
+                rf"port {taken} is taken: (\d+) instead\n(http://localhost:\1/) shows .*\n", said
+            )
+            assert found, said + viewer.stderr.read()
+            assert int(found[1]) > taken
+            for _ in range(30):
+                tags = urllib.request.urlopen(f"{found[2]}data/plugin/scalars/tags").read()
+                if b"train/loss" in tags:
+                    break
+                time.sleep(1)
+            assert b"train/loss" in tags
+            viewer.send_signal(getattr(signal, "CTRL_C_EVENT", signal.SIGINT))
+            assert viewer.wait(timeout=20) == 0
+            assert viewer.stderr.read() == ""
+        finally:
+            viewer.kill()

@@ -12,7 +12,7 @@ _METRIC = r"(.*/)?(train|val|test)/(.*[/_])?"
 _LOW, _HIGH = 0.5, 2.0  # nats: the entropy of a healthy layer
 _CHARTS = {  # title -> what a tag starts with for the chart to be there, what it shows
     "health: fraction of the layers, heads, ... in trouble": ("health/", "health/[a-z_]+$"),
-    f"attention entropy by layer, nats: healthy from {_LOW} to {_HIGH}": (
+    f"attention entropy by layer, nats (healthy: {_LOW} to {_HIGH})": (
         "attention/entropy/",
         "attention/(healthy_)?entropy/",
     ),

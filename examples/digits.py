@@ -4,7 +4,8 @@
 
 Dropout stays on (MC dropout): passes over one image disagree where the model has seen nothing like
 it, its epistemic uncertainty. A second head predicts the variance of the logits, for the aleatoric
-uncertainty that more data would not remove. The training loop knows nothing of logging.
+uncertainty that more data would not remove. The training loop knows nothing of logging but the
+line for its loss and accuracy.
 """
 
 import argparse
@@ -124,6 +125,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             optimizer.step()
             schedule.step()
         accuracy = evaluate(model, x_test, y_test, samples=2)["accuracy"]
+        bthooks.log_metrics(writer, {"loss": loss}, handle.step - 1)
+        bthooks.log_metrics(writer, {"accuracy": accuracy}, handle.step - 1, prefix="val")
         progress.set_postfix(loss=f"{loss:.3f}", test_accuracy=f"{accuracy:.3f}")
     seconds = progress.format_dict["elapsed"]
     handle.detach()
@@ -165,7 +168,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         f"expected calibration error: {figures['ece_before']:.3f}, "
         f"{figures['ece_after']:.3f} at temperature {t:.2f}"
     )
-    print(f"tensorboard --logdir {args.log_dir}")
+    print(f"python -m bthooks {args.log_dir}")
     return figures | {"seconds": seconds}
 
 

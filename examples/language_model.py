@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> float:
                 (checkpoints / "new").replace(checkpoints / f"{name}.pt")  # whole or not at all
             for old in sorted(checkpoints.glob("last-*.pt"))[:-3]:
                 old.unlink()
-    print(f"best val loss {best:.3f} nats per character: tensorboard --logdir {args.log_dir}")
+    print(f"best val loss {best:.3f} nats per character: python -m bthooks {args.log_dir}")
     return best
 
 

@@ -42,7 +42,7 @@ TABS = {
     "custom_scalars": [
         "Is this run healthy",
         r"loss [^M]*Matches \(1\)",
-        r"attention entropy by layer, nats: healthy from 0.5 to 2.0 [^M]*Matches \(4\)",
+        r"attention entropy by layer, nats .healthy: 0.5 to 2.0. [^M]*Matches \(4\)",
         r"gradient norm, before clipping and as applied [^M]*Matches \(2\)",
         r"learning rate [^M]*Matches \(1\)",
     ],

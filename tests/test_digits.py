@@ -26,7 +26,8 @@ def test_the_main_example_in_short(tmp_path, backend, capsys):
     assert run.value("hparams/upright_accuracy", 0) == pytest.approx(figures["upright_accuracy"])
     assert run.value("test/upright/accuracy", 66) == pytest.approx(figures["upright_accuracy"])
     assert figures["upright_accuracy"] > 0.3
+    assert not any("alerts" in tag for tag in run.texts)
     for name in ("before", "after"):
         ece = run.value(f"test/{name}_temperature/calibration/ece", 66)
         assert ece == pytest.approx(figures[f"ece_{name}"])
-    assert f"tensorboard --logdir {tmp_path}" in capsys.readouterr().out
+    assert f"python -m bthooks {tmp_path}" in capsys.readouterr().out

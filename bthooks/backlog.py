@@ -42,24 +42,38 @@ def settle(file_writer: Any, give: Callable[[], None]) -> Callable[[], bool]:
         what hands the event to the system, which a kill does not touch, as soon as the writer's
         thread has taken it, and says whether it has.
     """
-    record = getattr(getattr(file_writer, "event_writer", None), "_ev_writer", None)
-    before = getattr(record, "_num_outstanding_events", None)
+    event_writer = getattr(file_writer, "event_writer", None)
+    record = getattr(event_writer, "_ev_writer", None)
+    queue = getattr(event_writer, "_event_queue", None)
     give()
-    if record is None or before is None:
+    if record is None or queue is None:
         return lambda: True
+    is_taken = False
 
     def settled() -> bool:
+        nonlocal is_taken
         if not record._lock.acquire(blocking=False):
             return False  # the thread is at it
         try:
             stream = record._py_recordio_writer._writer
+            if getattr(stream, "closed", False):
+                return True
             if hasattr(stream, "fileno"):  # a file
                 stream.flush()
-            return bool(record._num_outstanding_events != before)
+            # What the thread has just taken it writes by the next time.
+            was_taken, is_taken = is_taken, _is_empty(queue)
+            return was_taken
         finally:
             record._lock.release()
 
     return settled
+
+
+def _is_empty(queue: Any) -> bool:
+    try:
+        return bool(queue.qsize() == 0)
+    except NotImplementedError:  # on macOS
+        return bool(queue.empty())
 
 
 def wait_until(settled: Callable[[], bool]) -> None:

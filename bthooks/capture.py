@@ -39,6 +39,7 @@ _MADE_OF_OTHERS = (
 _SDPA = "_scaled_dot_product_"
 # What nested tensors call on CUDA: laid out as flash_attn's own operators are.
 _KERNELS = ("_flash_attention_forward", "_efficient_attention_forward", "_cudnn_attention_forward")
+_PLAIN = (Tensor, nn.Parameter)
 _CHOOSING = (torch.ops.aten.linear.default, torch.ops.aten.matmul.default)
 
 
@@ -79,7 +80,8 @@ class AttentionMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if role(func).is_view:  # most of all that run
+        # Most of all that run. Those of a subclass that wraps tensors have a storage of their own.
+        if role(func).is_view and type(args[0]) in _PLAIN:
             return func(*args, **kwargs)
         if func in _MADE_OF_OTHERS:
             with self:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .names import parameter_names
 from .sharded import local, readable, whole_norms
 
-_LARGE, _ROW = 1 << 16, 1024
+_LARGE, _ROW = 1 << 12, 1024
 
 
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
@@ -40,8 +40,11 @@ def norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         plain = type(tensor) is Tensor and tensor.layout is torch.strided
         values = tensor if plain and tensor.is_floating_point() else _real(local(tensor))
+        if values.layout is not torch.strided:
+            raise TypeError(f"gradient of {name}: no norm of a tensor of layout {values.layout}")
+        readable(values)
         values = _first_stage(values) if values.numel() >= _LARGE else values
-        groups.setdefault((values.device, values.dtype), {})[name] = readable(values)
+        groups.setdefault((values.device, values.dtype), {})[name] = values
     found: dict[str, Tensor] = {}
     for (_, dtype), group in groups.items():
         wide = torch.promote_types(dtype, torch.float32)

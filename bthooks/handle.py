@@ -256,10 +256,10 @@ class Handle:
         if begins and any(steps.due):
             self._round = Batch(steps.number - 1, steps.due)
             self._outbox.add(self._round)
-        root = self._root()
-        if self._round is not None and root is not None:
+        root, batch = self._root(), self._round  # which another thread may end
+        if batch is not None and root is not None:
             with self._ledger.guard("optimizer step"):
-                readings = self._round.readings
+                readings = batch.readings
                 readings.merge(self._forwards.pool)
                 others = self._optimizers.others(optimizer)
                 self._updates.measure(

@@ -125,7 +125,7 @@ def _flat(tensor: Tensor) -> Tensor:
         tensor = tensor.coalesce().values()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    return tensor.reshape(-1)
+    return tensor.resolve_neg().reshape(-1)
 
 
 def _float(values: Tensor, instead: float) -> Tensor:

@@ -56,7 +56,8 @@ class Outbox:
         self._scalers: bool | None = None  # whether there is any
         self._waiting: list[Batch] = []
         self._leaving: deque[tuple[Batch, Reading]] = deque()  # on their way to the host
-        self._unsettled: dict[int, Callable[[], bool]] = {}  # by number: a kill would lose them
+        # The number last written, and whether a kill would still lose it, or those before.
+        self._unsettled: tuple[int, Callable[[], bool]] | None = None
         self._lost: list[int] = []  # the numbers that could not be written
         self._lock = threading.RLock()
         self._last: dict[str, int] = {}  # by tag: the number last written
@@ -70,22 +71,26 @@ class Outbox:
         if not (self._waiting or self._leaving or self._unsettled):
             return
         with self._lock:  # several threads may run one model: their steps in order
-            unsettled, self._unsettled = self._unsettled, {}
-            for number, is_settled in unsettled.items():
-                with self._losing(number):
-                    if not is_settled():
-                        self._unsettled[number] = is_settled
+            unsettled, self._unsettled = self._unsettled, None
+            if unsettled is not None:
+                with self._losing(unsettled[0]):
+                    if not unsettled[1]():
+                        self._unsettled = unsettled
             waiting, self._waiting = self._waiting, []
             wait_for = len(self._leaving) if waiting else 0
             for batch in waiting:
                 readings, batch.readings = batch.readings, Readings()
                 with self._losing(batch.number):
                     self._leaving.append((batch, Reading(readings)))
-            while self._leaving and (wait or wait_for > 0 or self._leaving[0][1].is_done()):
-                wait_for -= 1
-                batch, reading = self._leaving.popleft()
+            while self._leaving:
+                batch, reading = self._leaving[0]
                 with self._losing(batch.number):
+                    # Those of the last logging step are waited for, at the latest now.
+                    if not (wait or wait_for > 0 or reading.is_done()):
+                        break
                     self._write(batch, reading.result())
+                self._leaving.popleft()
+                wait_for -= 1
 
     def _write(self, batch: Batch, readings: Readings) -> None:
         event = compose(readings, model=True, images=batch.due.histograms, skips=self.skips)
@@ -98,7 +103,7 @@ class Outbox:
         event = prefixed(event, tag(self._prefix, batch.prefix))
         event = self._unwritten(event, batch.number)
         is_settled = hand_over(self._writer, event, batch.number, patient=not self._lost)
-        self._unsettled[batch.number] = is_settled
+        self._unsettled = batch.number, is_settled
 
     def judge(self, event: Event, figures: Figures, number: int, prefix: str) -> None:
         """Put into `event` what is wrong by the figures, and tell what begins to be."""

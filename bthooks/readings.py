@@ -3,6 +3,7 @@
 In: measures by name, small tensors on their devices. Out: `Event`, after one device-to-host copy.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -65,7 +66,9 @@ class Reading:
     """`readings` on their way to the host: one device-to-host copy per device."""
 
     def __init__(self, readings: Readings) -> None:
-        self._readings = r = readings
+        # Another thread that runs the model may still merge into these.
+        copies = {name: copy.copy(value) for name, value in vars(readings).items()}
+        self._readings = r = Readings(**copies)
         self._histograms = r.histograms | {tag: histogram(v) for tag, v in r.samples.items()}
         self._scalars = {tag: v for tag, v in r.scalars.items() if isinstance(v, Tensor)}
         by_name = (self._scalars, r.means, r.norms, r.unclipped, r.attention)

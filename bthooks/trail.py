@@ -3,7 +3,7 @@
 In: hooks on the modules, for this forward. Out: a `Forward`.
 
 What a module was given is looked at when it has ended, with what it made: half as many hooks. One
-that overwrites it is known by its attribute `inplace`, as torch's are.
+that overwrites it is known by its attribute `inplace`, as torch's are, or by returning it.
 """
 
 import dataclasses
@@ -41,10 +41,13 @@ class Trail:
         self._given: dict[nn.Module, list[Extremes]] = {}  # of those that overwrite it
         # What one module made the next is given.
         self._seen: dict[int, tuple[weakref.ref[Tensor], int, Extremes]] = {}
-        before, after = Hook(self, self.before), Hook(self, self._after)
         self._handles: list[RemovableHandle] = []
-        for module in observable(paths):
-            if getattr(module, "inplace", False):
+
+    def open(self) -> None:
+        """Put the hooks on."""
+        before, after = Hook(self, self.before), Hook(self, self._after)
+        for module in observable(self._paths):
+            if getattr(module, "inplace", None) is True:
                 handle = module.register_forward_pre_hook(before, with_kwargs=True)
                 self._handles.append(handle)
             self._handles.append(module.register_forward_hook(after, with_kwargs=True))
@@ -57,13 +60,15 @@ class Trail:
     def before(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         """The pre-hook of the root, and of modules that overwrite what they are given."""
         if self._is_here():
-            self._given[module] = self._extremes((args, kwargs))[0]
+            self._given[module] = self._extremes((args, kwargs))
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._is_here():
-            overwritten = self._given.pop(module, None)
-            given, made = self._extremes((args, kwargs) if overwritten is None else (), output)
-            self._calls.append(Call(self._paths[module], overwritten or given, made))
+            given = self._given.pop(module, None)
+            if given is None:
+                # One that overwrites what it is given, and has no attribute `inplace`, returns it.
+                given = self._extremes((args, kwargs), former=_tensors(output, 4))
+            self._calls.append(Call(self._paths[module], given, self._extremes(output)))
 
     def _is_here(self) -> bool:
         return not torch.compiler.is_compiling() and threading.get_ident() == self._thread
@@ -79,24 +84,27 @@ class Trail:
         owned = {}
         for module, path in self._paths.items():
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                for pair in self._extremes(tensor)[0]:
+                for pair in self._extremes(tensor):
                     owned[f"{path}.{name}".removeprefix("root.")] = pair
         compiled = [path for module, path in self._paths.items() if is_compiled(module)]
         return Forward(calls, owned, compiled)
 
-    def _extremes(self, *values: Any) -> list[list[Extremes]]:
+    def _extremes(self, values: Any, former: Iterable[Tensor] = ()) -> list[Extremes]:
+        """Of the tensors in `values` that can be read; of those in `former` as they were seen."""
         try:
+            stale = {id(tensor) for tensor in former}
             # Modes are off by a flag: to take them off the stack costs more than all the rest.
             with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.no_grad():
-                return [[p for t in _tensors(v, 4) if (p := self._of(t))] for v in values]
+                pairs = [self._of(t, is_former=id(t) in stale) for t in _tensors(values, 4)]
+                return [pair for pair in pairs if pair is not None]
         except Exception as error:
             self._ledger.failed("finite values", error)
-            return [[] for _ in values]
+            return []
 
-    def _of(self, tensor: Tensor) -> Extremes | None:
+    def _of(self, tensor: Tensor, is_former: bool) -> Extremes | None:
         version = -1 if tensor.is_inference() else tensor._version
         found = self._seen.get(id(tensor))
-        if found is not None and found[0]() is tensor and found[1] == version:
+        if found is not None and found[0]() is tensor and (is_former or found[1] == version):
             return found[2]
         part = local(tensor)
         if not _is_readable(part):

@@ -50,13 +50,22 @@ class Window:
         self._mode: AttentionMode | None = None
         paths = module_names(root)
         self.trail = Trail(paths, ledger)
-        if "attention" in kinds:
-            self._mode = AttentionMode(paths, self._map, rows, ledger)
+        try:
+            self._open(paths, kinds, rows)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(
+        self, paths: Mapping[nn.Module, str], kinds: Collection[str], rows: int | None
+    ) -> None:
+        self.trail.open()
         wanted = observable(paths) if "activations" in kinds else ()
-        for module, path in [(m, paths[m]) for m in wanted if selected(paths[m])]:
+        for module, path in [(m, paths[m]) for m in wanted if self._selected(paths[m])]:
             hook = Hook(self, functools.partial(self._activation, path))
             self._handles.append(module.register_forward_hook(hook))
-        if self._mode is not None:
+        if "attention" in kinds:
+            self._mode = AttentionMode(paths, self._map, rows, self._ledger)
             self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch's, not annotated
 
     def is_alive(self) -> bool:

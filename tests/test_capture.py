@@ -506,3 +506,41 @@ def test_recursion_of_the_root_is_one_forward(tmp_path):
     run = read(tmp_path)
     assert run.group("attention/entropy/", 0).keys() == {"attention", "attention/1", "attention/2"}
     assert torch._C._len_torch_dispatch_stack() == 0
+
+
+class Wrapped(torch.Tensor):
+    """A weight that wraps a tensor and computes with it, as quantised ones do."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        plain = [arg.inner if isinstance(arg, Wrapped) else arg for arg in args]
+        found = func(*plain, **(kwargs or {}))
+        is_view = func.overloadpacket.__name__ in ("t", "detach", "alias", "transpose", "view")
+        return Wrapped(found) if is_view else found
+
+
+@pytest.mark.parametrize("wrap", [lambda weight: weight, Wrapped])
+def test_a_mixture_of_experts_is_no_attention(wrap):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Linear(16, 4, bias=False)
+            weight = wrap(self.gate.weight.detach())
+            self.gate.weight = nn.Parameter(weight, requires_grad=False)
+            self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+        def forward(self, x):
+            shares = self.gate(x).softmax(-1)
+            return shares.unsqueeze(-2) @ torch.stack([expert(x) for expert in self.experts], -2)
+
+    model = Experts()
+    with attach(model, None, every=1, on_error="raise") as handle:
+        model(torch.randn(2, 8, 16))
+    assert "attention" not in handle.report().captured

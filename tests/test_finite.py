@@ -327,6 +327,24 @@ def test_a_callback_that_raises_costs_nothing(tmp_path):
     assert len(read(tmp_path).scalars["gradients/total_norm"]) == 3
 
 
+def test_a_module_that_overwrites_what_it_is_given_without_saying_so():
+    class Divided(nn.Module):
+        def forward(self, x):
+            return x.div_(0 * x.abs().amax())
+
+    model = nn.Sequential(nn.Linear(4, 4), Divided(), nn.Linear(4, 4), nn.Linear(4, 4))
+    (alert,) = alerts(model, X)
+    assert alert.where == "1"
+
+
+def test_an_attribute_inplace_may_be_anything():
+    model = chain(Breaking(BREAKS["nan"]))
+    model[1][1].inplace = nn.Parameter(torch.randn(3))
+    (alert,) = alerts(model, X)
+    assert alert.where == "1.1"
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 @pytest.mark.parametrize("how", ["whole", "regional", "checkpointed", "autocast", "inference"])
 def test_in_any_kind_of_forward(how):
     middle = Breaking(BREAKS["nan"])

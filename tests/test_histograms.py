@@ -357,3 +357,8 @@ def test_a_record_is_small(tmp_path: Path) -> None:
         writer.add_histogram_raw("h", **record_of(distribution("normal", MANY)))
     (file,) = tmp_path.iterdir()
     assert file.stat().st_size < 5000
+
+
+def test_a_view_of_negated_values():
+    values = torch.randn(1000, dtype=torch.complex64)
+    assert histogram(values.conj().imag).summary[0] == -values.imag.max()

@@ -24,6 +24,7 @@ from torch.nn.parameter import UninitializedParameter
 
 import bthooks
 from bthooks import attach
+from bthooks.writers import Event
 
 from .conftest import read
 
@@ -390,3 +391,25 @@ def test_non_finite_gradients_and_values_are_logged_as_what_they_are(tmp_path):
     assert run.value("gradients/norm/weight", 0) == float("inf")
     assert run.value("gradients/total_norm", 0) == float("inf")
     assert run.value("health/nonfinite/gradients/weight", 0) == 4
+
+
+def test_an_event_behind_another_is_in_the_system_when_the_call_returns(tmp_path):
+    with bthooks.make_writer(tmp_path, "run", backend="tensorboardX") as writer:
+        for step in range(50):
+            bthooks.writers.hand_over(writer, Event({f"a/{at}": 1.0 for at in range(300)}), step)
+            bthooks.log_metrics(writer, {"b": 1.0}, step)
+            ((last, _),) = read(tmp_path).scalars["train/b"][-1:]
+            assert last == step
+
+
+def test_a_writer_that_the_user_closed_has_lost_nothing(tmp_path):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    writer = bthooks.make_writer(tmp_path, "run", backend="tensorboardX")
+    handle = attach(model, writer, every=1, on_error="raise")
+    for _ in range(3):
+        model(torch.ones(1, 2)).mean().backward()
+        optimizer.step()
+    writer.close()
+    handle.detach()
+    assert [step for step, _ in read(tmp_path).scalars["gradients/total_norm"]] == [0, 1, 2]

@@ -1,4 +1,6 @@
+import pytest
 import torch
+from torch import nn
 
 from bthooks import attach
 from bthooks.transfer import Transfer
@@ -56,3 +58,25 @@ def test_what_has_not_arrived_is_written_later_and_in_order(tmp_path, monkeypatc
     handle.detach()
     assert written() == [0, 3, 6]
     assert len(kept) == len(set(map(id, kept)))  # each was waited for once
+
+
+def test_a_device_that_fails_does_not_fail_the_step(tmp_path, monkeypatch):
+    def fail(transfer):
+        raise RuntimeError("CUDA error")
+
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    handle = attach(model, tmp_path, every=1)
+
+    def train():
+        for _ in range(3):
+            model(torch.ones(1, 2)).mean().backward()
+            optimizer.step()
+
+    monkeypatch.setattr(Transfer, "is_done", fail)
+    with pytest.warns(RuntimeWarning, match="CUDA error") as caught:
+        train()
+    monkeypatch.undo()
+    handle.detach()
+    assert len(caught) == 1
+    assert "lost: " in handle.report().missed["event file"]

@@ -34,6 +34,8 @@ def checked_number(where: str, name: str, value: Any) -> Tensor | float:
     """One real number, left on its device where it is a tensor."""
     if not isinstance(name, str) or not name:
         raise TypeError(f"{where}: names are non-empty str, got {name!r}")
+    if type(value) is float:
+        return value
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(

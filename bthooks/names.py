@@ -13,6 +13,8 @@ from torch import nn
 Selector = str | Sequence[str] | Callable[[str], bool] | None
 """Which names: a glob, several globs, a function of the name; None selects all."""
 
+_OTHER = re.compile(r"[^A-Za-z0-9_./-]")
+_PLAIN = re.compile(r"[A-Za-z0-9_.-](?:[A-Za-z0-9_./-]*[A-Za-z0-9_.-])?")
 _WRAPPER = re.compile(
     r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)"
 )
@@ -26,7 +28,19 @@ def tag(*parts: str) -> str:
     >>> tag("run 1", "loss")
     'run_1/loss'
     """
-    return re.sub(r"[^A-Za-z0-9_./-]", "_", "/".join(part.strip("/") for part in parts if part))
+    return _OTHER.sub("_", "/".join(part.strip("/") for part in parts if part))
+
+
+def tags(prefix: str, names: Iterable[str]) -> list[str]:
+    """`tag(prefix, name)` for each of the names, distinct.
+
+    >>> tags("run", ["a b", "a_b"])
+    ['run/a_b', 'run/a_b_2']
+    """
+    names, start = list(names), tag(prefix)
+    if len(set(names)) == len(names) and all(map(_PLAIN.fullmatch, names)):  # nearly always
+        return [f"{start}/{name}" for name in names] if start else names
+    return list(distinct(tag(prefix, name) for name in names))
 
 
 def unwrapped(name: str) -> str:

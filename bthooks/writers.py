@@ -20,7 +20,7 @@ from torch import Tensor
 from .backlog import settle, wait_for_room, wait_until
 from .dashboard import Layout
 from .histograms import Histogram, raw
-from .names import distinct, tag
+from .names import tags
 
 _PACKAGES = {"torch": "torch.utils.tensorboard", "tensorboardX": "tensorboardX"}
 
@@ -55,8 +55,7 @@ def prefixed(event: Event, prefix: str) -> Event:
     """`event` with `prefix` in front of every tag, in the characters that every backend keeps."""
     parts = []
     for part in event.tagged():
-        tags = distinct(tag(prefix, name) for name in part)
-        parts.append(dict(zip(tags, part.values(), strict=True)))
+        parts.append(dict(zip(tags(prefix, part), part.values(), strict=True)))
     return replace(Event(*parts), layout=event.layout)
 
 

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
+from torch.utils.tensorboard import summary
 from torch.utils.tensorboard.summary import make_histogram
 
 import bthooks
 from bthooks.histograms import raw
 from bthooks.readings import Readings, read
-from bthooks.writers import Event, hand_over
+from bthooks.writers import Event, _histogram_proto, hand_over
 
 from ..test_histograms import Record, rank_error
 from . import peers
@@ -95,14 +96,16 @@ def histograms(quick: bool) -> Iterator[Row]:
     ours, theirs, size = quality(model)
     note = f"rank error {ours:.2%}, theirs {theirs:.0%}; {size / 1e3:.1f} kB a record at most"
     yield from row(found, of_model, "torch add_histogram", 1 / 6, note=note)
-    yield from row(found, of_model, "tensorboardX add_histogram", 1 / 6)
+    ours_x = "bthooks on tensorboardX"
+    yield from row(found, of_model, "tensorboardX add_histogram", 1 / 6, ours=ours_x)
     yield from row(found, of_model, "wandb.watch", 1 / 7)
     for elements in (100, 1000, 10_000):
         found = side_by_side(
             histogram_ways(with_gradients(100, elements)), 5 if quick else 15, least=0
         )
-        for backend in BACKENDS:
-            yield from row(found, f"{work}100 x {elements}", f"{backend} add_histogram", 1.0)
+        for backend, way in zip(BACKENDS, ("bthooks", ours_x), strict=True):
+            peer = f"{backend} add_histogram"
+            yield from row(found, f"{work}100 x {elements}", peer, 1.0, ours=way)
 
 
 def histogram_ways(model: nn.Module, wandb: bool = False) -> dict[str, Work | None]:
@@ -117,6 +120,9 @@ def histogram_ways(model: nn.Module, wandb: bool = False) -> dict[str, Work | No
 
     return {
         "bthooks": lambda: bthooks.log_model_histograms(writers["torch"], model, 0),
+        "bthooks on tensorboardX": lambda: bthooks.log_model_histograms(
+            writers["tensorboardX"], model, 0
+        ),
         "torch add_histogram": lambda: add_histogram("torch"),
         f"torch add_histogram{AGAIN}": lambda: add_histogram("torch"),
         "tensorboardX add_histogram": lambda: add_histogram("tensorboardX"),
@@ -145,7 +151,7 @@ def quality(model: nn.Module) -> tuple[float, float, int]:
                 points = np.linspace(record["min"], record["max"], 31)
                 ours = max(ours, rank_error(record, flat, points))
                 theirs = max(theirs, rank_error(other, flat, points))
-            size = max(size, 16 * len(record["bucket_limits"]) + 60)
+            size = max(size, _histogram_proto(summary, record).ByteSize())
     return ours, theirs, size
 
 
@@ -161,6 +167,7 @@ def scalars(quick: bool) -> Iterator[Row]:
         peer = f"{backend} add_scalar"
         ways = {
             "bthooks": lambda writer, step: hand_over(writer, Event(values), step),
+            "log_metrics": lambda writer, step: bthooks.log_metrics(writer, values, step),
             peer: add_scalar,
             peer + AGAIN: add_scalar,
         }
@@ -183,7 +190,10 @@ def scalars(quick: bool) -> Iterator[Row]:
             for name, folder in folders.items()
         }
         note = f"{1 - size['bthooks'] / size[peer]:.0%} fewer bytes (goal 35 %)"
-        yield from row(Timings(seconds), "150 scalars of a step", peer, 1 / 10, note=note)
+        found = Timings(seconds)
+        yield from row(found, "150 scalars of a step, handed over", peer, 1 / 10, note=note)
+        work = "150 scalars, log_metrics"
+        yield from row(found, work, peer, 1 / 10, ours="log_metrics")
 
 
 class Attention(nn.Module):

@@ -25,6 +25,8 @@ def rows(quick: bool) -> Iterator[Row]:
     yield from row(found, "a step that is not logged, small model", PLAIN, 1.01)
     found = compared(small, (2, 64), 3 if quick else 9, steps=500)
     yield from row(found, "500 steps at the default cadence, small model", PLAIN, 1.02)
+    found = compared(small, (2, 64), 5 if quick else 15, steps=100, from_first=True)
+    yield from row(found, "the first 100 steps of a run, small model", PLAIN, 1.02)
 
     large = GPT(layers=8, width=384, heads=6, tokens=256, length=128)
     always = {"every": 1, "histograms_every": NEVER}
@@ -38,9 +40,18 @@ def rows(quick: bool) -> Iterator[Row]:
 
 
 def compared(
-    model: nn.Module, batch: tuple[int, int], rounds: int, steps: int = 1, **options: Any
+    model: nn.Module,
+    batch: tuple[int, int],
+    rounds: int,
+    steps: int = 1,
+    from_first: bool = False,
+    **options: Any,
 ) -> Timings:
-    """So many training steps of one model: plain, plain again and attached."""
+    """So many training steps of one model: plain, plain again and attached.
+
+    Args:
+        from_first: with the first step of the attachment, which is always logged.
+    """
     step = trainer(model, *batch)
     writer = bthooks.make_writer(tempfile.mkdtemp())
 
@@ -56,9 +67,12 @@ def compared(
 
     @contextlib.contextmanager
     def attached() -> Iterator[None]:
-        # The first step is always logged; the second hands it to the writer's thread.
-        with bthooks.attach(model, writer, **options), plain():
-            yield
+        if from_first:
+            with plain(), bthooks.attach(model, writer, **options):
+                yield
+        else:  # the first step is always logged; the second hands it to the writer's thread
+            with bthooks.attach(model, writer, **options), plain():
+                yield
 
     ways = {PLAIN: work, PLAIN + AGAIN: work, "bthooks": work}
     around = {PLAIN: plain, PLAIN + AGAIN: plain, "bthooks": attached}

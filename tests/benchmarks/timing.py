@@ -5,6 +5,7 @@ ratios are taken within a round, and their median is what counts.
 """
 
 import gc
+import random
 import statistics
 import sys
 import time
@@ -48,11 +49,10 @@ def side_by_side(
         work()  # the first call pays for what the later ones find ready
     repeats = {name: max(1, round(least / timed(work))) for name, work in known.items()}
     seconds: dict[str, list[float]] = {name: [] for name in known}
-    names = list(known)
-    for turn in range(rounds):
+    order = random.Random(0)  # no way has the same one before it every time
+    for _ in range(rounds):
         gc.collect()
-        at = turn % len(names)
-        for name in names[at:] + names[:at]:
+        for name in order.sample(list(known), len(known)):
             with (around or {}).get(name, nullcontext)():
                 seconds[name].append(timed(known[name], repeats[name]))
     return Timings(seconds)

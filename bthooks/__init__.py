@@ -1,9 +1,10 @@
 """bthooks: true attention, gradient and uncertainty numbers from an unmodified PyTorch model."""
 
-from .alerts import Alert, Thresholds
+from .alerts import Alert
 from .attach import attach
 from .attention import attention_stats
 from .calibration import calibration_bins, calibration_of, calibration_stats
+from .conditions import Thresholds
 from .dropout import mc_dropout
 from .gradients import gradient_norms
 from .handle import Handle

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .alerts import Alert, Thresholds
+from .alerts import Alert
+from .conditions import Thresholds
 from .handle import KINDS, ON_REQUEST, Handle, attachments
 from .names import Selector, globs, selector, tag
 from .steps import Cadence

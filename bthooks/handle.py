@@ -25,7 +25,8 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from .alerts import Alert, Figures, Thresholds
+from .alerts import Alert
+from .conditions import Figures, Thresholds
 from .forwards import Forwards
 from .hook import Hook
 from .names import module_names, parameter_names

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .alerts import Alert, Figures, Health, Thresholds
+from .alerts import Alert, Health
+from .conditions import Figures, Thresholds
 from .dashboard import healthy_band, layout
 from .names import tag
 from .readings import Reading, Readings, compose, figures

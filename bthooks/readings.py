@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import attention, gradients
-from .alerts import Figures
+from .conditions import Figures
 from .finite import Forward
 from .histograms import Histogram, histogram
 from .images import heat_map

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import bthooks
 from bthooks import Thresholds, attach
-from bthooks.alerts import Figures, Health
+from bthooks.alerts import Health
+from bthooks.conditions import Figures
 
 from .conftest import read
 from .models import Transformer, batch

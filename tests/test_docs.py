@@ -20,7 +20,16 @@ from .models import Transformer, batch
 PACKAGE = Path(bthooks.__file__).parent
 MODULES = sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE)]))
 PURE = {"names", "fastpath", "fused", "images", "attention", "gradients", "histograms"}
-PURE |= {"calibration", "scores", "sharded", "uncertainty", "finite", "alerts", "dashboard"}
+PURE |= {
+    "calibration",
+    "scores",
+    "sharded",
+    "uncertainty",
+    "finite",
+    "alerts",
+    "conditions",
+    "dashboard",
+}
 ORDER = [  # a module imports those behind it only
     "__main__",
     "viewer",
@@ -53,6 +62,7 @@ ORDER = [  # a module imports those behind it only
     "gradients",
     "sharded",
     "alerts",
+    "conditions",
     "finite",
     "images",
     "dashboard",

@@ -7,10 +7,13 @@ import time
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import bthooks
 from bthooks import make_writer
+from bthooks.names import distinct, tag, tags
 from bthooks.writers import Event, write
 
 from .conftest import BACKENDS, read
@@ -73,6 +76,7 @@ def test_purge_step_hides_what_came_after(tmp_path, backend):
             for step in range(start, start + 4):
                 bthooks.log_metrics(writer, {"loss": start}, step)
         bthooks.log_metrics(writer, {"late": start}, start + 4)
+        time.sleep(1.1)  # TensorBoard reads files by name: the second, then a counter, 10 before 9
     run = read(tmp_path)
     assert run.scalars["train/loss"] == [(0, 0), (1, 0), (2, 2), (3, 2), (4, 2), (5, 2)]
     assert run.scalars["train/late"] == [(6, 2)]
@@ -216,3 +220,8 @@ def test_the_newest_file_is_the_one_that_a_closed_writer_goes_on_in(tmp_path):
     assert older.stat().st_size == size
     assert newer.stat().st_size > size
     del old
+
+
+@given(st.lists(st.text("ab_/. é\n")), st.sampled_from(["", "run", "/a/b/", "a b"]))
+def test_tags_of_many_names_are_those_of_each(names, prefix):
+    assert tags(prefix, names) == list(distinct(tag(prefix, name) for name in names))

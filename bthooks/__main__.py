@@ -34,9 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--port", default=6006, type=_port, help="the first port to try (default: 6006)"
     )
     given = parser.parse_args(arguments)
-    if given.report:
-        return report(given.logdir)
-    return view(given.logdir, given.host, given.port)
+    try:
+        if given.report:
+            return report(given.logdir)
+        return view(given.logdir, given.host, given.port)
+    except KeyboardInterrupt:
+        return 130
 
 
 def _port(given: str) -> int:

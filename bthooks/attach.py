@@ -58,6 +58,7 @@ def attach(
     | `attention/max_logit/<module>` | the largest scaled and masked score |
     | `attention/mean_entropy` | nats, mean over the layers |
     | `attention/head_entropy` | image, layers x heads, at the cadence of histograms |
+    | `attention/healthy_entropy/low`, `attention/healthy_entropy/high` | 0.5 and 2 nats |
     | `gradients/norm/<parameter>` | L2 norm of the gradient that the optimizer applied |
     | `gradients/layer_mean/<module>`, `gradients/total_norm` | as in `log_gradients` |
     | `gradients/total_norm_before_clip` | the same at the end of backward(), the loss unscaled |
@@ -79,6 +80,8 @@ def attach(
     ...     optimizer.step()
     ...     handle.step
     1
+
+    The custom scalars tab is laid out with the charts that show whether the run is healthy.
 
     Raises:
         TypeError, ValueError: an argument is none of what is described here.

@@ -129,7 +129,7 @@ class Conditions:
         findings = [Finding(largest, total / limits.exploding, message, "with the total")]
         unclipped = total / applied if applied else 1.0
         for name, norm in layers.items():
-            if norm * unclipped > 0:
+            if 0 < norm * unclipped < math.inf:
                 baseline = self._baselines.setdefault(name, _Baseline())
                 over, allowed = baseline.look(math.log10(norm * unclipped), limits.decades)
                 message = f"its gradient norm is 10 ** {over:.1f} times its own running mean"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .names import parameter_names
 from .sharded import local, readable, whole_norms
 
-_LARGE, _ROW = 1 << 12, 1024
+# One stage in float32 is off by 2e-5 over 40 k equal elements on the CPU, by 2.7e-3 over 38.6 M.
+_MIDDLE, _LARGE, _ROW = 1 << 12, 1 << 15, 1024
 
 
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
@@ -36,23 +37,25 @@ def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The L2 norm of each tensor's part on this rank, as 0-d float32 tensors on their devices."""
-    groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        plain = type(tensor) is Tensor and tensor.layout is torch.strided
-        values = tensor if plain and tensor.is_floating_point() else _real(local(tensor))
-        if values.layout is not torch.strided:
-            raise TypeError(f"gradient of {name}: no norm of a tensor of layout {values.layout}")
-        readable(values)
-        values = _first_stage(values) if values.numel() >= _LARGE else values
-        groups.setdefault((values.device, values.dtype), {})[name] = values
+    groups: dict[tuple[torch.device, torch.dtype, torch.dtype], dict[str, Tensor]] = {}
+    for name, values in tensors.items():
+        plain = type(values) is Tensor and values.layout is torch.strided and not values.is_meta
+        if not (plain and values.is_floating_point()):
+            values = readable(_real(local(values)))
+            if values.layout is not torch.strided:
+                raise TypeError(f"gradient of {name}: no norm of a tensor of {values.layout}")
+        if values.numel() >= _LARGE:
+            values = _first_stage(values)
+        is_middle = values.numel() >= _MIDDLE and values.device.type == "cpu"
+        wide = torch.float64 if is_middle or values.dtype == torch.float64 else torch.float32
+        groups.setdefault((values.device, values.dtype, wide), {})[name] = values
     found: dict[str, Tensor] = {}
-    for (_, dtype), group in groups.items():
-        wide = torch.promote_types(dtype, torch.float32)
+    for (_, _, wide), group in groups.items():
         of_each = torch._foreach_norm(list(group.values()), dtype=wide)
         if wide != torch.float32:
             of_each = tuple(norm.float() for norm in of_each)
         found |= zip(group, of_each, strict=True)
-    return {name: found[name] for name in tensors}
+    return found if len(groups) == 1 else {name: found[name] for name in tensors}
 
 
 @torch.no_grad()
@@ -107,10 +110,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def _first_stage(tensor: Tensor) -> Tensor:
-    """A tensor's norms in rows of 1024, with what is left over.
-
-    In one stage the CPU is off by 2.7e-3 over 38.6 M float32 elements, in two by 2e-7.
-    """
+    """A tensor's norms in rows of 1024, with what is left over."""
     wide = torch.promote_types(tensor.dtype, torch.float32)
     flat = tensor.reshape(-1)
     rest = flat.numel() % _ROW

@@ -255,7 +255,7 @@ class Handle:
         if not self._handles:  # the cadence, which is the user's, has detached
             return
         if begins and any(steps.due):
-            self._round = Batch(steps.number - 1, steps.due)
+            self._round = Batch(steps.number - 1, steps.due, stepped=True)
             self._outbox.add(self._round)
         root, batch = self._root(), self._round  # which another thread may end
         if batch is not None and root is not None:

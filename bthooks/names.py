@@ -5,7 +5,7 @@ Out: names without wrapper parts, tags in the characters that every backend keep
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -38,9 +38,9 @@ def tags(prefix: str, names: Iterable[str]) -> list[str]:
     ['run/a_b', 'run/a_b_2']
     """
     names, start = list(names), tag(prefix)
-    if len(set(names)) == len(names) and all(map(_PLAIN.fullmatch, names)):  # nearly always
-        return [f"{start}/{name}" for name in names] if start else names
-    return list(distinct(tag(prefix, name) for name in names))
+    if all(map(_PLAIN.fullmatch, names)):  # nearly always
+        return distinct(f"{start}/{name}" if start else name for name in names)
+    return distinct(tag(prefix, name) for name in names)
 
 
 def unwrapped(name: str) -> str:
@@ -52,20 +52,24 @@ def unwrapped(name: str) -> str:
     return _WRAPPER.sub("", name).removesuffix(".") or "root"
 
 
-def distinct(names: Iterable[str]) -> Iterator[str]:
-    """Yield the names, a repeated one with "_2", "_3", ... behind it, so that no tag is shared.
+def distinct(names: Iterable[str]) -> list[str]:
+    """The names, a repeated one with "_2", "_3", ... behind it, so that no tag is shared.
 
-    >>> list(distinct(["a", "b", "a"]))
+    >>> distinct(["a", "b", "a"])
     ['a', 'b', 'a_2']
     """
-    seen: set[str] = set()
+    names = list(names)
+    seen: dict[str, None] = dict.fromkeys(names)
+    if len(seen) == len(names):  # nearly always
+        return names
+    seen.clear()
     for name in names:
         new, number = name, 1
         while new in seen:
             number += 1
             new = f"{name}_{number}"
-        seen.add(new)
-        yield new
+        seen[new] = None
+    return list(seen)
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, str]:

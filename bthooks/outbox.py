@@ -23,12 +23,17 @@ from .writers import Event, hand_over, is_main_rank, prefixed
 
 @dataclass
 class Batch:
-    """The readings of one number, until they are written."""
+    """The readings of one number, until they are written.
+
+    Attributes:
+        stepped: whether an optimizer has, or `advance()` said so.
+    """
 
     number: int
     due: Due
     prefix: str = ""
     readings: Readings = field(default_factory=Readings)
+    stepped: bool = False
 
 
 class Outbox:
@@ -97,10 +102,10 @@ class Outbox:
         event = compose(readings, model=True, images=batch.due.histograms, skips=self.skips)
         self._without_scaled(readings, event)
         self.judge(event, figures(readings, event), batch.number, batch.prefix)
-        if not batch.prefix:
-            event.scalars |= healthy_band() if "attention/mean_entropy" in event.scalars else {}
-            event.layout = {} if self._has_layout else layout(event.scalars)
-            self._has_layout = True
+        if not batch.prefix and "attention/mean_entropy" in event.scalars:
+            event.scalars |= healthy_band()
+        if batch.stepped and not self._has_layout:
+            event.layout, self._has_layout = layout(event.scalars), True
         event = prefixed(event, tag(self._prefix, batch.prefix))
         event = self._unwritten(event, batch.number)
         is_settled = hand_over(self._writer, event, batch.number, patient=not self._lost)

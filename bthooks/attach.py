@@ -1,5 +1,6 @@
 """attach: the one call. It checks its arguments and starts a `Handle`."""
 
+import numbers
 import operator
 import os
 import warnings
@@ -104,8 +105,7 @@ def attach(
         raise ValueError(f"attach: step={step!r}: expected a whole number from 0, below 2**62")
     if not isinstance(prefix, str):
         raise TypeError(f"attach: prefix is a str, got {prefix!r}")
-    if not isinstance(thresholds, Thresholds):
-        raise TypeError(f"attach: thresholds is a bthooks.Thresholds(...), got {thresholds!r}")
+    _check_thresholds(thresholds)
     if on_alert is not None and not callable(on_alert):
         raise TypeError(f"attach: on_alert is a function of an Alert, got {on_alert!r}")
     if on_error not in ("warn", "raise"):
@@ -166,6 +166,23 @@ def _is_whole(value: Any, least: int) -> bool:
         and hasattr(value, "__index__")
         and least <= operator.index(value) < 1 << 62
     )
+
+
+def _check_thresholds(thresholds: Any) -> None:
+    if not isinstance(thresholds, Thresholds):
+        raise TypeError(f"attach: thresholds is a bthooks.Thresholds(...), got {thresholds!r}")
+    for name, value in thresholds._asdict().items():
+        where = f"attach: thresholds has {name}={value!r}"
+        if name == "checks":
+            if not _is_whole(value, 1):
+                raise ValueError(f"{where}: expected a whole number from 1")
+        elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{where}: expected a number")
+        elif name in ("vanishing", "collapsed", "entropy", "keys"):
+            if not float(value) >= 0:
+                raise ValueError(f"{where}: expected 0 or more")
+        elif not float(value) > 0:
+            raise ValueError(f"{where}: expected more than 0; math.inf switches the judgement off")
 
 
 def _checked_kinds(capture: Any) -> tuple[str, ...]:

@@ -16,7 +16,8 @@ class Thresholds(NamedTuple):
     """What is still healthy; `attach(..., thresholds=Thresholds(exploding=50.0))`.
 
     A condition is over again at half of its threshold (or twice, where less is worse). One that
-    can't be passed (0, or `math.inf`) switches a judgement off.
+    can't be passed switches a judgement off: 0 for `vanishing`, `collapsed` and `entropy`,
+    `math.inf` for the others.
 
     Attributes:
         checks: how many logged steps in a row a condition must hold to begin, or not to be over.
@@ -182,9 +183,8 @@ def _vanishing(layers: Mapping[str, float], limits: Thresholds) -> list[Finding]
     findings = []
     for name, norm in layers.items():
         share = norm / largest if largest else 0.0
-        severity = limits.vanishing / share if share else math.inf * (limits.vanishing > 0)
         message = f"its mean gradient norm is {norm:.1e}, the largest layer's {largest:.1e}"
-        findings.append(Finding(name, severity, message))
+        findings.append(Finding(name, _below(limits.vanishing, share), message))
     return findings
 
 
@@ -195,15 +195,14 @@ def _collapsed(layers: Mapping[str, float], limits: Thresholds) -> list[Finding]
     mean = sum(norms) / len(norms)
     spread = math.sqrt(sum((norm - mean) ** 2 for norm in norms) / len(norms)) / mean
     message = f"all {len(norms)} layers have the gradient norm {mean:.3g}, within {spread:.2%}"
-    severity = limits.collapsed / spread if spread else math.inf
-    return [Finding("root", severity, message)]
+    return [Finding("root", _below(limits.collapsed, spread), message)]
 
 
 def _attention_collapse(figures: Figures, limits: Thresholds) -> list[Finding]:
     return [
         Finding(
             path,
-            limits.entropy / entropy if entropy else math.inf,
+            _below(limits.entropy, entropy),
             f"its entropy is {entropy:.2g} nats over {keys:.0f} keys",
             f"head {head}",
         )
@@ -211,6 +210,13 @@ def _attention_collapse(figures: Figures, limits: Thresholds) -> list[Finding]:
         for head, (entropy, keys) in enumerate(heads)
         if keys > limits.keys
     ]
+
+
+def _below(limit: float, value: float) -> float:
+    """The severity of a value that is healthy above `limit`."""
+    if value <= 0:
+        return math.inf if limit else 0.0
+    return limit / value
 
 
 def _miscalibration(figures: Figures, limits: Thresholds) -> list[Finding]:

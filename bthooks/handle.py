@@ -136,6 +136,7 @@ class Handle:
     def judge(self, event: Event, number: int, prefix: str) -> None:
         """Judge the scalars of `event`, which go under `prefix`, by the thresholds."""
         self._outbox.judge(event, Figures(event.scalars), number, prefix)
+        self._outbox.tell()
 
     def advance(self) -> None:
         """Say, after it, that an optimizer stepped that is no `torch.optim.Optimizer`."""

@@ -58,6 +58,7 @@ class Outbox:
         self._on_alert, self._thresholds = on_alert, thresholds
         self._health: dict[str, Health] = {}  # by the prefix of the numbers
         self.alerts: list[Alert] = []
+        self._untold: deque[Alert] = deque()
         self.skips = Skips()
         self._scalers: bool | None = None  # whether there is any
         self._waiting: list[Batch] = []
@@ -97,6 +98,7 @@ class Outbox:
                     self._write(batch, reading.result())
                 self._leaving.popleft()
                 wait_for -= 1
+            self.tell()
 
     def _write(self, batch: Batch, readings: Readings) -> None:
         event = compose(readings, model=True, images=batch.due.histograms, skips=self.skips)
@@ -112,7 +114,7 @@ class Outbox:
         self._unsettled = batch.number, is_settled
 
     def judge(self, event: Event, figures: Figures, number: int, prefix: str) -> None:
-        """Put into `event` what is wrong by the figures, and tell what begins to be."""
+        """Put into `event` what is wrong by the figures."""
         with self._ledger.guard("health"):
             health = self._health.setdefault(prefix, Health(self._thresholds))
             shares, begun, cleared = health.check(figures, number)
@@ -126,11 +128,16 @@ class Outbox:
             for over in cleared:
                 self.alerts[self.alerts.index(over._replace(cleared=None))] = over
             self.alerts += begun
-            for alert in begun:
-                self._ledger.warn(str(alert))
-                if self._on_alert is not None:
-                    with self._ledger.guard("on_alert"):
-                        self._on_alert(alert)
+            self._untold += begun
+
+    def tell(self) -> None:
+        """Tell what began to be wrong, once all is written: what is told may flush or detach."""
+        while self._untold:
+            alert = self._untold.popleft()
+            self._ledger.warn(str(alert))
+            if self._on_alert is not None:
+                with self._ledger.guard("on_alert"):
+                    self._on_alert(alert)
 
     @contextlib.contextmanager
     def _losing(self, number: int) -> Iterator[None]:

@@ -232,9 +232,63 @@ def test_a_flush_in_the_middle_of_a_step_is_no_second_check(tmp_path):
         assert handle.alerts == ()
 
 
-def test_thresholds_are_checked_and_used():
-    with pytest.raises(TypeError, match=r"thresholds is a bthooks.Thresholds\(...\), got \{"):
-        attach(nn.Linear(1, 1), None, thresholds={"exploding": 3})
+@pytest.mark.parametrize(
+    ("thresholds", "message"),
+    [
+        ({"exploding": 3}, r"thresholds is a bthooks.Thresholds\(...\), got \{"),
+        (Thresholds(exploding="10"), "exploding='10': expected a number"),
+        (Thresholds(logit=0), "logit=0: expected more than 0; math.inf switches"),
+        (Thresholds(decades=math.nan), "decades=nan: expected more than 0"),
+        (Thresholds(entropy=-0.1), "entropy=-0.1: expected 0 or more"),
+        (Thresholds(checks=0), "checks=0: expected a whole number from 1"),
+    ],
+)
+def test_thresholds_are_checked(thresholds, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        attach(nn.Linear(1, 1), None, thresholds=thresholds)
+
+
+def test_every_judgement_can_be_switched_off():
+    least = {"vanishing": 0, "collapsed": 0.0, "entropy": 0}
+    rest = Thresholds._fields[1:]
+    off = Thresholds(**{name: least.get(name, math.inf) for name in rest})
+    equal = layers(1e9, 1e9, 1e9, 1e9) | {"gradients/total_norm": 2e9}
+    worst = {"attention/max_logit/a": 1e30, "calibration/ece": 1.0, "calibration/gap": 1.0}
+    figures = [
+        Figures(norms | worst | {"learning_rate/0": 10.0**at}, heads={"a": [(0.0, 9.0)]})
+        for at, norms in enumerate([equal] * 7 + [layers(1e-9, 0.0, 1.0, 1e30)] * 7)
+    ]
+    assert not any(checked(figures, off))
+    told = str(checked(figures))
+    for condition in "vanishing", "exploding", "collapsed", "attention_collapse", "miscalibration":
+        assert condition in told
+
+
+@pytest.mark.parametrize("what", ["flush", "detach"])
+def test_the_callback_may_flush_and_detach(what, tmp_path):
+    model, x = nn.Linear(4, 1), torch.ones(1, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-9)
+    told = []
+
+    def callback(alert):
+        told.append(alert)
+        getattr(handle, what)()
+
+    handle = attach(model, tmp_path, every=1, on_alert=callback, on_error="raise")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(6):
+            optimizer.zero_grad()
+            (model(x).sum() * 100).backward()
+            optimizer.step()
+        handle.detach()
+    assert len(caught) == len(told) == 1
+    steps = [step for step, _ in read(tmp_path).scalars["gradients/total_norm"]]
+    assert steps == list(range(6 if what == "flush" else len(steps)))
+    assert told[0].step in steps
+
+
+def test_thresholds_are_used():
     model, x = nn.Linear(4, 1), torch.ones(1, 4)
     optimizer = torch.optim.SGD(model.parameters(), 1e-9)
     told = []

@@ -1,6 +1,7 @@
 """The viewer: `python -m bthooks [LOGDIR]` starts TensorBoard, with `--report` prints instead."""
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -34,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--port", default=6006, type=_port, help="the first port to try (default: 6006)"
     )
     given = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal has no letters for
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if given.report:
             return report(given.logdir)
@@ -43,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _port(given: str) -> int:
-    port = int(given)
+    port = int(given) if given.isdecimal() else 0
     if not 0 < port < 1 << 16:
         raise argparse.ArgumentTypeError(f"a port is a number from 1 to 65535, got {given}")
     return port

@@ -95,6 +95,14 @@ class Health:
                 self._episodes[condition] = _Episode(last=step)
         return verdict
 
+    def lasting(self) -> list[Alert]:
+        """The alerts of the episodes that last."""
+        return [e.alert for e in self._episodes.values() if e.alert is not None]
+
+    def resume(self, alert: Alert) -> None:
+        """Go on with an episode that an earlier process told."""
+        self._episodes[alert.condition] = _Episode(alert=alert)
+
     def lasts(self, condition: str) -> bool:
         """Whether an episode of `condition` lasts."""
         return condition in self._episodes and self._episodes[condition].alert is not None

@@ -157,13 +157,17 @@ class Handle:
         """What was captured; what was selected and has not been seen, and why."""
         return self._ledger.report(self._unseen())
 
-    def state_dict(self) -> dict[str, int]:
-        """What `load_state_dict` needs to continue the charts; flushes first."""
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to continue the charts, plain data; flushes first."""
         self.flush()
-        return self._steps.state_dict() | {"skipped": self._outbox.skips.count}
+        outbox = self._outbox
+        return self._steps.state_dict() | {
+            "skipped": outbox.skips.count,
+            "alerts": outbox.lasting(),
+        }
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue at the step of `state`, without a gap or a double point."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at the step of `state`, without a gap, a double point or a second alert."""
         known = self.state_dict().keys()
         if state.keys() != known:
             raise ValueError(
@@ -172,6 +176,7 @@ class Handle:
             )
         self._steps.load_state_dict(state)
         self._outbox.skips.count = state["skipped"]
+        self._outbox.resume(state["alerts"])
         self._round, self._forwards.watch = None, any(self._steps.due_next)
 
     def detach(self) -> None:

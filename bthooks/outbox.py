@@ -6,7 +6,7 @@ In: readings by number. Out: one event per number and prefix.
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -138,6 +138,23 @@ class Outbox:
             if self._on_alert is not None:
                 with self._ledger.guard("on_alert"):
                     self._on_alert(alert)
+
+    def lasting(self) -> list[list[Any]]:
+        """Each alert that lasts as plain data, behind the prefix of its numbers."""
+        return [
+            [prefix, *alert]
+            for prefix, health in self._health.items()
+            for alert in health.lasting()
+        ]
+
+    def resume(self, lasting: Iterable[Sequence[Any]]) -> None:
+        """Go on with what `lasting` gave, and with nothing else."""
+        self._health.clear()
+        for prefix, *fields in lasting:
+            alert = Alert(*fields)
+            self._health.setdefault(prefix, Health(self._thresholds)).resume(alert)
+            if alert not in self.alerts:
+                self.alerts.append(alert)
 
     @contextlib.contextmanager
     def _losing(self, number: int) -> Iterator[None]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import bthooks
 from bthooks import Thresholds, attach
+from bthooks.__main__ import main
 from bthooks.alerts import Health
 from bthooks.conditions import Figures
 
@@ -300,6 +301,39 @@ def test_thresholds_are_used():
         handle.detach()
     assert list(handle.alerts) == told
     assert [alert.step for alert in told] == [0]
+
+
+def test_an_alert_that_lasts_is_resumed(tmp_path, capsys):
+    """It is not told again, and it ends: the report of a run that was mended has none open."""
+    model, x = nn.Linear(4, 1), torch.ones(1, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-9)
+
+    def train(handle, scale):
+        for _ in range(4):
+            optimizer.zero_grad()
+            (model(x).sum() * scale).backward()
+            optimizer.step()
+        handle.flush()
+        return handle.state_dict()
+
+    with (
+        attach(model, tmp_path, every=1) as handle,
+        pytest.warns(RuntimeWarning, match="exploding_gradients"),
+    ):
+        state = train(handle, 100)
+    assert main([str(tmp_path), "--report"]) == 1
+    writer = bthooks.make_writer(tmp_path.parent, tmp_path.name, purge_step=4)
+    with writer, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with attach(model, writer, every=1, on_error="raise") as again:
+            again.load_state_dict(state)
+            state = train(again, 100)
+            assert again.alerts == handle.alerts
+            again.load_state_dict(state)
+            assert train(again, 0.1)["alerts"] == []
+    assert [alert.cleared for alert in again.alerts] == [9]
+    assert main([str(tmp_path), "--report"]) == 0
+    assert "over  exploding_gradients" in capsys.readouterr().out
 
 
 def test_calibration_is_judged_by_the_attachment_of_that_writer(tmp_path):

@@ -1,3 +1,4 @@
+import os
 import re
 import signal
 import socket
@@ -15,9 +16,12 @@ import bthooks
 PYTHON = [sys.executable, "-m", "bthooks"]
 
 
-def run(*arguments):
+def run(*arguments, **environment):
     command = [*PYTHON, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    environment = os.environ | environment
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
 
 
 def trained(directory, backend, weight=1.0):
@@ -58,6 +62,9 @@ def test_the_report(tmp_path, backend):
     assert told.returncode == 1
     assert "health/exploding_gradients 50% at step 5" in told.stdout
     assert told.stdout.endswith("runs: 3, open alerts: 1\n")
+    (tmp_path / "run_1").rename(tmp_path / "run_ü")
+    ascii_only = run(tmp_path, "--report", PYTHONIOENCODING="ascii")
+    assert "\nrun_\\xfc: step 7\n" in ascii_only.stdout, ascii_only.stderr
     (line,) = [line for line in told.stdout.splitlines() if line.startswith("  OPEN")]
     assert line.startswith("  OPEN  exploding_gradients: root: step 1: the norm")
     assert told.stderr == ""
@@ -83,7 +90,9 @@ def test_nothing_to_show_is_said(more, tmp_path):
 
 def test_nonsense_is_refused_and_help_is_complete(tmp_path):
     trained(tmp_path, "torch")
-    assert "a port is a number from 1 to 65535" in run(tmp_path, "--port", 70000).stderr
+    for port in 70000, "x":
+        told = run(tmp_path, "--port", port)
+        assert f"a port is a number from 1 to 65535, got {port}" in told.stderr
     told = run(tmp_path, "--host", "no.such.host.invalid")
     assert told.returncode == 2
     assert "can't serve on no.such.host.invalid" in told.stderr

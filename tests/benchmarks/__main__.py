@@ -18,7 +18,7 @@ PARTS = {"steps": steps, "measures": measures, "growth": growth}
 def main() -> None:
     parser = argparse.ArgumentParser("python -m tests.benchmarks", description=__doc__)
     parser.add_argument("parts", nargs="*", default=list(PARTS), help=" ".join(PARTS))
-    parser.add_argument("--quick", action="store_true", help="smaller and fewer: 3 minutes")
+    parser.add_argument("--quick", action="store_true", help="smaller and fewer")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,7 +1,7 @@
 """Attention: statistics from weights, or from query and key without the L x S matrix. Pure.
 
 In: `weights (batch, heads, query, key)`, or `query`, `key` and the mask as the kernel saw them.
-Between: `sums (heads, 13)`, float32 or better, which merge over rows, batches and calls.
+Between: `sums (heads, 15)`, float32 or better, which merge over rows, batches and calls.
 Out: one value per statistic, per head or for the whole map.
 """
 
@@ -28,7 +28,7 @@ STATISTICS = (
 )
 
 _FAR = -5e3  # a score that far below the largest of its row is one that was hidden
-_ADDED = 11  # the sums that merge by adding; the last two are maxima
+_ADDED = 13  # the sums that merge by adding; the last two are maxima
 
 
 def attention_stats(weights: Tensor) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ def attention_stats(weights: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def sums_of_weights(weights: Tensor, rows: int | None = None) -> Tensor:
-    """The sums of one map from its weights `(..., heads, query, key)`: `(heads, 13)`.
+    """The sums of one map from its weights `(..., heads, query, key)`: `(heads, 15)`.
 
     `rows` as in `sums_of_query_key`.
     """
@@ -85,6 +85,7 @@ def sums_of_weights(weights: Tensor, rows: int | None = None) -> Tensor:
             squares=w.square().sum(-1),
             largest=w.amax(-1),
             first=w[..., 0],
+            beside=_beside(w, at),
             logit=torch.full_like(w[..., 0], -torch.inf),
             keys=w.shape[-1],
         )
@@ -96,7 +97,7 @@ def sums_of_weights(weights: Tensor, rows: int | None = None) -> Tensor:
 def sums_of_query_key(
     query: Tensor, key: Tensor, *, rows: int | None = None, **arguments: Any
 ) -> Tensor:
-    """The sums of one map as softmax(scale query key^T + mask) would give them: `(heads, 13)`.
+    """The sums of one map as softmax(scale query key^T + mask) would give them: `(heads, 15)`.
 
     Args:
         rows: take this many query rows, evenly spread; None takes all.
@@ -113,13 +114,13 @@ def sums_of_query_key(
     blocks = score_blocks(query, key, rows=rows, **arguments)
     width = key.shape[-2]
     return reduce(
-        merge, (_sums_of_block(scores, visible, width=width) for _, scores, visible in blocks)
+        merge, (_sums_of_block(scores, at, visible, width=width) for at, scores, visible in blocks)
     )
 
 
 @torch.no_grad()
 def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | None = None) -> Tensor:
-    """The sums of one map from the scores `(..., heads, L, S)` of its softmax: `(heads, 13)`.
+    """The sums of one map from the scores `(..., heads, L, S)` of its softmax: `(heads, 15)`.
 
     A key that is not seen has a score 5e3 or more below the largest of its row; a row sees none
     where all are -1e4 or below and equal, what was added to them having swallowed them.
@@ -136,7 +137,7 @@ def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | Non
     sums: list[Tensor] = []
     for at, _ in row_blocks(length, rows, batch * heads * columns, scores.device):
         block = scores.index_select(-2, at).to(dtype)  # (B, H, r, S)
-        sums.append(_sums_of_block(_without_dead(block), keys=keys))
+        sums.append(_sums_of_block(_without_dead(block), at, keys=keys))
     return reduce(merge, sums)
 
 
@@ -157,6 +158,7 @@ def _with_heads(values: Tensor) -> Tensor:
 
 def _sums_of_block(
     scores: Tensor,
+    at: Tensor,
     visible: Tensor | None = None,
     *,
     keys: slice | None = None,
@@ -166,6 +168,7 @@ def _sums_of_block(
 
     Args:
         scores: -inf where a key is not seen.
+        at: which rows of the map these are.
         visible: how many keys each row sees; counted if it is not known.
         keys: the columns that are keys, if not all are.
         width: the number of keys, if it is not that of these columns.
@@ -191,9 +194,16 @@ def _sums_of_block(
         squares=squares,
         largest=largest,
         first=first,
+        beside=_beside(p, at),
         logit=logit,
         keys=width or z.shape[-1],
     )
+
+
+def _beside(weights: Tensor, at: Tensor) -> Tensor:
+    """The weights on the keys before and behind the rows `at`, at an end on the row's own."""
+    near = torch.stack([at - 1, at + 1], dim=-1).clamp(0, weights.shape[-1] - 1)  # (r, 2)
+    return weights.gather(-1, near.expand(*weights.shape[:-1], 2))
 
 
 def merge(a: Tensor, b: Tensor) -> Tensor:
@@ -204,8 +214,10 @@ def merge(a: Tensor, b: Tensor) -> Tensor:
 
 
 def finalize(sums: Tensor) -> dict[str, Tensor]:
-    """The statistics of the sums `(heads, 13)`, each `(heads,)`; NaN where nothing was seen."""
-    rows, entropy, pairs, normalized, count, total, squares, first, dead, every, _ = sums.T[:_ADDED]
+    """The statistics of the sums `(heads, 15)`, each `(heads,)`; NaN where nothing was seen."""
+    rows, entropy, pairs, normalized, count, total, squares, first, *_, dead, every, _ = sums.T[
+        :_ADDED
+    ]
     variance = (squares - total.square() / count) / (count - 1).clamp(min=1)
     nothing = torch.where(rows > 0, 0.0, torch.nan)
     values = (
@@ -228,7 +240,7 @@ def whole(maps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     """
     if not maps:
         return {}
-    sums = torch.cat([_over_heads(found) for found in maps.values()])  # (maps, 13)
+    sums = torch.cat([_over_heads(found) for found in maps.values()])  # (maps, 15)
     values = torch.stack([*finalize(sums).values()], dim=1).tolist()
     found = {}
     for path, own, (rows, pairs, logit) in zip(
@@ -242,12 +254,14 @@ def whole(maps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     return found
 
 
-def of_heads(sums: Tensor) -> list[tuple[float, float]]:
-    """Of each head, from the sums on the host: entropy in nats, and the keys that a row sees.
+def of_heads(sums: Tensor) -> list[tuple[float, float, float]]:
+    """Of each head, from the sums on the host: entropy in nats, the keys that a row sees, and the
+    weight on the key before its own place, or behind it if that is more.
 
     The means over its rows; NaN where no row sees a key.
     """
-    return (sums[:, [1, _ADDED - 1]] / sums[:, :1]).tolist()
+    entropy, before, behind, keys = (sums[:, [1, 8, 9, _ADDED - 1]] / sums[:, :1]).unbind(1)
+    return torch.stack([entropy, keys, torch.maximum(before, behind)], dim=1).tolist()
 
 
 def _over_heads(sums: Tensor) -> Tensor:
@@ -264,6 +278,7 @@ def _sums(
     squares: Tensor,
     largest: Tensor,
     first: Tensor,
+    beside: Tensor,
     logit: Tensor,
     keys: int,
 ) -> Tensor:
@@ -271,12 +286,13 @@ def _sums(
 
     Args:
         visible: broadcasts to the others' `(batch, heads, rows)`; 0 in dead rows.
+        beside: `(batch, heads, rows, 2)`.
     """
     visible = visible[(None,) * (3 - visible.dim())]
     alive, pairs = visible > 0, visible > 1
     share = torch.where(pairs, visible.clamp(min=2).log().reciprocal(), 0)
-    added = torch.stack([entropy, entropy * share, total, squares, first])
-    added = torch.where(alive, added, 0).sum((1, 3))  # (5, H)
+    added = torch.stack([entropy, entropy * share, total, squares, first, *beside.unbind(-1)])
+    added = torch.where(alive, added, 0).sum((1, 3))  # (7, H)
     counts = torch.stack([alive, visible, pairs]).expand(3, *entropy.shape)
     counts = counts.sum((1, 3), dtype=added.dtype)  # (3, H)
     largest_, logit_ = torch.where(alive, torch.stack([largest, logit]), -torch.inf).amax((1, 3))

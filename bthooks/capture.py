@@ -49,7 +49,7 @@ class AttentionMode(TorchDispatchMode):
     Args:
         paths: the modules that a map may belong to, with their paths.
         found: called with the path of the innermost of them that ran the map, and its sums
-            `(heads, 13)`.
+            `(heads, 15)`.
         rows: the query rows per map that statistics are taken from; None takes all.
         ledger: told what could not be measured, and why.
     """

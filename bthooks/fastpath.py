@@ -19,7 +19,7 @@ OPERATORS = ("_native_multi_head_attention", "_transformer_encoder_layer_fwd")
 
 @torch.no_grad()
 def sums_of_layer(given: Mapping[str, Any], *, rows: int | None = None) -> Tensor:
-    """The sums `(heads, 13)`; `rows` as in `sums_of_query_key`."""
+    """The sums `(heads, 15)`; `rows` as in `sums_of_query_key`."""
     query = given["src"] if "src" in given else given["query"]  # (B, L, D)
     key = given.get("key", query)
     if given.get("norm_first"):

@@ -1,7 +1,7 @@
 """Fused: the attention inside one operator, from its arguments by the names of its schema. Pure.
 
 In: the arguments by name, and for operators that are not torch's own the output too.
-Out: the sums of the map `(heads, 13)`.
+Out: the sums of the map `(heads, 15)`.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping

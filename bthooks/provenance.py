@@ -73,7 +73,7 @@ class Provenance:
     Args:
         parameters: a product with one of these, or with what is made of them, makes no scores.
         buffers: the model's constants.
-        found: called with the sums `(heads, 13)` of each attention map.
+        found: called with the sums `(heads, 15)` of each attention map.
         rows: the query rows per map that statistics are taken from; None takes all.
     """
 

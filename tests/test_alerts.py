@@ -96,6 +96,7 @@ def rates(*values):
 
 
 def heads(*found):
+    """Entropy, keys and the weight on a neighbour, of each head."""
     return Figures({}, heads={"a": found})
 
 
@@ -103,8 +104,9 @@ HEALTHY = {
     "nothing": [Figures({})] * 4,
     "one check": [total(1), total(11), total(1), total(11), total(1)],
     "no gradient at first": [Figures(layers(1, 0)), Figures(layers(1, 1e-3))],
-    "few keys": [heads((0.0, 3.0))] * 3,
-    "no key": [heads((math.nan, math.nan))] * 3,
+    "few keys": [heads((0.0, 3.0, 0.0))] * 3,
+    "no key": [heads((math.nan, math.nan, math.nan))] * 3,
+    "previous token": [heads((0.02, 30.0, 0.98))] * 3,
     "warm-up": rates(*(1e-8 * 2**at for at in range(30))),
     "cosine": rates(*(1 + math.cos(math.pi * at / 20) for at in range(20)), 0.0),
     "warm restart": rates(1.0, 0.1, 0.01, 0.001, 1e-4, 1e-5, 1e-6, 1.0, 0.1, 0.01),
@@ -127,7 +129,10 @@ ILL = {
     "vanishing": ([Figures(layers(1e-6, 1, 0.3))] * 2, "vanishing_gradients: l0: step 10: its"),
     "none at all": ([Figures(layers(0, 0))] * 2, "vanishing_gradients: l0: step 10: its mean"),
     "collapsed": ([Figures(layers(1, 1, 1.001, 1))] * 2, "collapsed_gradients: root: step 10"),
-    "head": ([heads((1.0, 9.0), (0.05, 9.0))] * 2, "attention_collapse: a: step 10: head 1: its"),
+    "head": (
+        [heads((1.0, 9.0, 0.2), (0.05, 9.0, 0.89))] * 2,
+        "attention_collapse: a: step 10: head 1: its",
+    ),
     "logit": (
         [Figures({"attention/max_logit/a": logit}) for logit in (5.0, 101.0, 120.0)],
         "attention_logits: a: step 20: its largest score is 120",
@@ -256,7 +261,7 @@ def test_every_judgement_can_be_switched_off():
     equal = layers(1e9, 1e9, 1e9, 1e9) | {"gradients/total_norm": 2e9}
     worst = {"attention/max_logit/a": 1e30, "calibration/ece": 1.0, "calibration/gap": 1.0}
     figures = [
-        Figures(norms | worst | {"learning_rate/0": 10.0**at}, heads={"a": [(0.0, 9.0)]})
+        Figures(norms | worst | {"learning_rate/0": 10.0**at}, heads={"a": [(0.0, 9.0, 0.0)]})
         for at, norms in enumerate([equal] * 7 + [layers(1e-9, 0.0, 1.0, 1e30)] * 7)
     ]
     assert not any(checked(figures, off))

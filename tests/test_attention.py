@@ -216,12 +216,36 @@ def test_one_hot_rows_have_entropy_zero_in_every_dtype():
         assert stats["weight_max"].tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_the_weight_on_the_neighbours_of_a_query(is_causal):
+    q, k = torch.randn(2, 2, 3, 40, 8) * 3
+    k[:, 0, :-1], k[:, 1, 1:] = q[:, 0, 1:], q[:, 1, :-1]  # the one before, the one behind
+    scores = q @ k.transpose(-1, -2) * 8**-0.5
+    if is_causal:
+        scores += torch.full((40, 40), -torch.inf).triu(1)
+    w = scores.double().softmax(-1)
+    before = torch.cat([w[..., :1, 0], w.diagonal(-1, -2, -1)], dim=-1).mean((0, 2))
+    behind = torch.cat([w.diagonal(1, -2, -1), w[..., -1:, -1]], dim=-1).mean((0, 2))
+    assert (before > behind).tolist()[:2] == [True, is_causal]
+    expected = torch.maximum(before, behind).tolist()
+    assert near(sums_of_weights(w)) == pytest.approx(expected)
+    for rows in None, 7:
+        expected = near(sums_of_weights(w, rows))
+        assert near(sums_of_scores(scores, rows=rows)) == pytest.approx(expected, rel=1e-5)
+        found = near(sums_of_query_key(q, k, is_causal=is_causal, rows=rows))
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def near(sums):
+    return [weight for _, _, weight in attention.of_heads(sums)]
+
+
 def test_sums_merge_as_if_measured_together():
     q, k = torch.randn(6, 3, 5, 8), torch.randn(6, 3, 7, 8)
     together = whole(sums_of_query_key(q, k))
     apart = merge(sums_of_query_key(q[:1], k[:1]), sums_of_query_key(q[1:], k[1:]))
     assert_near(whole(apart), together, 1e-6)
-    assert merge(apart, sums_of_query_key(q[:, :2], k[:, :2])).shape == (1, 13)
+    assert merge(apart, sums_of_query_key(q[:, :2], k[:, :2])).shape == (1, 15)
 
 
 def test_a_nan_score_shows_as_nan():

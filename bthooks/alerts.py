@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from .conditions import Conditions, Figures, Finding, Thresholds, listed
 
+_BETTER = 10  # times as long without being well, and it is over too
+
 
 class Alert(NamedTuple):
     """What began to be wrong at a step.
@@ -57,17 +59,23 @@ class _Episode:
     """One condition over the checks, so that it is told once."""
 
     held: dict[str, int] = field(default_factory=dict)  # by place: the checks in a row
-    well: int = 0  # checks in a row
+    well: int = 0  # checks in a row, at half of the threshold or less
+    better: int = 0  # the same, below the threshold
     last: int = -1  # the step of the last check
     alert: Alert | None = None  # while it lasts
 
 
 class Health:
-    """The conditions of one run, or of its eval forwards, over its checks."""
+    """The conditions of one run, or of its eval forwards, over its checks.
 
-    def __init__(self, thresholds: Thresholds) -> None:
+    Args:
+        thresholds: what is judged by.
+        prefix: of what is looked at.
+    """
+
+    def __init__(self, thresholds: Thresholds, prefix: str = "") -> None:
         self._checks = thresholds.checks
-        self._conditions = Conditions(thresholds)
+        self._conditions = Conditions(thresholds, prefix)
         self._episodes: dict[str, _Episode] = {}
 
     def check(self, figures: Figures, step: int) -> Verdict:
@@ -88,9 +96,10 @@ class Health:
                     episode.alert = _alert(condition, lasting, step)
                     verdict.begun.append(episode.alert)
                 continue
+            episode.better = 0 if held else episode.better + 1
             is_well = all(finding.severity <= 0.5 for finding in findings)
             episode.well = episode.well + 1 if is_well else 0
-            if episode.well >= self._checks:
+            if episode.well >= self._checks or episode.better >= _BETTER * self._checks:
                 verdict.cleared.append(episode.alert._replace(cleared=step))
                 self._episodes[condition] = _Episode(last=step)
         return verdict

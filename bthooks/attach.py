@@ -50,7 +50,8 @@ def attach(
         prefix: joined in front of every tag with "/".
         step: the number of the first step.
         thresholds: what counts as vanishing, exploding, collapsed and so on.
-        on_alert: called with each `Alert`, which is also warned of, and in `Handle.alerts`.
+        on_alert: called with each `Alert`, which is also warned of, and in `Handle.alerts`. What it
+            raises does not end the training: it is warned of.
         on_error: "warn" says once what could not be measured; "raise" is for tests.
 
     | tag | what |

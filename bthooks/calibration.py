@@ -4,6 +4,8 @@ In: probabilities and the true classes. Between: `bins (bins, 5)`, float64, whic
 and ranks by adding. Out: one value per statistic.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -96,6 +98,20 @@ def calibration_of(bins: Tensor) -> dict[str, Tensor]:
         "confidence": mean,
         "gap": mean - accuracy,
     }
+
+
+@torch.no_grad()
+def error_by_chance(bins: Tensor) -> Tensor:
+    """The `ece` that chance alone may make, if each bin is right as often as it says, 0-d.
+
+    Over 32 samples that of a perfect model is 0.2 on average. How many of a bin are right is close
+    to normal around what it says: the mean of that distance, and twice its deviation.
+    """
+    count, confidence = bins[:, 0], bins[:, 1]
+    mean = (confidence / count.clamp(min=1)).clamp(0, 1)
+    variance, share = mean * (1 - mean) * count, 2 / math.pi  # of a half-normal's mean squared
+    expected = (share * variance).sqrt().sum()
+    return (expected + 2 * ((1 - share) * variance.sum()).sqrt()) / count.sum()
 
 
 @torch.no_grad()

@@ -10,18 +10,22 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .finite import Fault, Forward
+from .names import tag
+
+_IDLE = 10  # checks
 
 
 class Thresholds(NamedTuple):
     """What is still healthy; `attach(..., thresholds=Thresholds(exploding=50.0))`.
 
-    A condition is over again at half of its threshold (or twice, where less is worse). One that
-    can't be passed switches a judgement off: 0 for `vanishing`, `collapsed` and `entropy`,
-    `math.inf` for the others.
+    A condition is over again at half of its threshold (or twice, where less is worse), or once it
+    has been short of it for ten times as many checks. A threshold that can't be passed switches
+    the judgement off: 0 for `vanishing`, `collapsed` and `entropy`, `math.inf` for the others.
 
     Attributes:
         checks: how many logged steps in a row a condition must hold to begin, or not to be over.
-        vanishing: mean gradient norm of a layer, as a fraction of the largest layer's.
+        vanishing: mean gradient norm of a layer, as a fraction of the largest layer's; 0 counts
+            where it lasts for ten checks.
         exploding: L2 norm of all gradients before clipping.
         decades: log10 of a layer's norm over its own running mean (and beyond 3 deviations).
         collapsed: standard deviation of the layers' norms, as a fraction of their mean.
@@ -30,7 +34,8 @@ class Thresholds(NamedTuple):
         logit: the largest attention score, where it is twice that of the first step, too.
         jump: the learning rate over the largest so far, once it has stopped rising.
         warmup: steps for which the learning rate may rise from the first one on.
-        calibration: expected calibration error, of what `log_calibration` is given.
+        calibration: expected calibration error, of what `log_calibration` is given, over what
+            chance alone makes of so few.
     """
 
     checks: int = 2
@@ -74,22 +79,33 @@ class Figures(NamedTuple):
             a neighbour of the query.
         activations: module path -> the least and the largest value, for more than one.
         forwards: what was not finite in each.
+        chance: the calibration error that a model may have that is right as often as it says.
+        base_rates: tag -> the learning rate that a scheduler was given.
     """
 
     scalars: Mapping[str, float]
     heads: Mapping[str, Sequence[tuple[float, float, float]]] = {}
     activations: Mapping[str, tuple[float, float]] = {}
     forwards: Sequence[Forward] = ()
+    chance: float = 0.0
+    base_rates: Mapping[str, float] = {}
 
     def under(self, start: str) -> dict[str, float]:
         return {t[len(start) :]: v for t, v in self.scalars.items() if t.startswith(start)}
 
 
 class Conditions:
-    """Looks at one run, or at its eval forwards."""
+    """Looks at one run, or at its eval forwards.
 
-    def __init__(self, thresholds: Thresholds) -> None:
+    Args:
+        thresholds: what is judged by.
+        prefix: in front of the tags.
+    """
+
+    def __init__(self, thresholds: Thresholds, prefix: str = "") -> None:
+        self._prefix = prefix
         self._limits = thresholds
+        self._zeros: dict[str, int] = {}  # by layer, checks in a row without any gradient
         self._baselines: dict[str, _Baseline] = {}  # by layer, log10 of its gradient norm
         self._rates: dict[str, _Rate] = {}
         self._first_logits: dict[str, float] = {}
@@ -103,7 +119,7 @@ class Conditions:
         return {
             "nonfinite": faults,
             "nonfinite_gradients": [] if any(f.severity for f in faults) else _nonfinite(figures),
-            "vanishing_gradients": _vanishing(finite, limits),
+            "vanishing_gradients": self._vanishing(finite),
             "exploding_gradients": self._exploding(finite, figures),
             "collapsed_gradients": _collapsed(finite, limits),
             "attention_collapse": _attention_collapse(figures, limits),
@@ -112,13 +128,24 @@ class Conditions:
                 Finding(path, math.inf if low == high else 0.0, f"every value is {low:.3g}")
                 for path, (low, high) in figures.activations.items()
             ],
-            "learning_rate": [
-                self._rates.setdefault(name, _Rate(step)).look(f"learning_rate/{name}", *at, limits)
-                for name, rate in figures.under("learning_rate/").items()
-                for at in [(rate, step)]
-            ],
-            "miscalibration": _miscalibration(figures, limits),
+            "learning_rate": self._learning_rate(figures, step),
+            "miscalibration": _miscalibration(figures, limits, self._prefix),
         }
+
+    def _vanishing(self, layers: Mapping[str, float]) -> list[Finding]:
+        """A norm of 0 alone is no sign: an expert that no token took, what is multiplied by 0 yet.
+
+        It is one where all norms are, or where it stays.
+        """
+        limit, largest = self._limits.vanishing, max(layers.values(), default=0.0)
+        findings = []
+        for name, norm in layers.items():
+            self._zeros[name] = 0 if norm else self._zeros.get(name, 0) + 1
+            is_idle = largest > 0 and 0 < self._zeros[name] < _IDLE
+            share = norm / largest if largest else 0.0
+            message = f"its mean gradient norm is {norm:.1e}, the largest layer's {largest:.1e}"
+            findings.append(Finding(name, 0.0 if is_idle else _below(limit, share), message))
+        return findings
 
     def _exploding(self, layers: Mapping[str, float], figures: Figures) -> list[Finding]:
         limits, scalars = self._limits, figures.scalars
@@ -148,9 +175,21 @@ class Conditions:
             found.append(Finding(path, severity, f"its largest score is {logit:.3g}"))
         return found
 
+    def _learning_rate(self, figures: Figures, step: int) -> list[Finding]:
+        found = []
+        rates = {t: rate for t, rate in figures.scalars.items() if t.startswith("learning_rate/")}
+        for where, rate in rates.items():
+            seen = self._rates.setdefault(where, _Rate(step))
+            base = figures.base_rates.get(where, 0.0)
+            severity, message = seen.look(rate, step, self._limits, base)
+            if not any(rates.values()):  # of one group alone it is meant
+                severity, message = math.inf, "0 while training goes on"
+            found.append(Finding(where, severity, message))
+        return found
+
 
 def _nonfinite(figures: Figures) -> list[Finding]:
-    message = "its gradient is {}; of those that are not finite it is the nearest to the loss"
+    message = "its gradient is {}; of the parameters of which it is not finite it is the last"
     norms = reversed(figures.under("gradients/norm/").items())
     return [
         Finding(name, 0.0 if math.isfinite(norm) else math.inf, message.format(norm))
@@ -177,16 +216,6 @@ def _cause(fault: Fault) -> str:
     if fault.compiled:
         message += f"; it, or what is compiled in it: {listed(fault.compiled)}"
     return message
-
-
-def _vanishing(layers: Mapping[str, float], limits: Thresholds) -> list[Finding]:
-    largest = max(layers.values(), default=0.0)
-    findings = []
-    for name, norm in layers.items():
-        share = norm / largest if largest else 0.0
-        message = f"its mean gradient norm is {norm:.1e}, the largest layer's {largest:.1e}"
-        findings.append(Finding(name, _below(limits.vanishing, share), message))
-    return findings
 
 
 def _collapsed(layers: Mapping[str, float], limits: Thresholds) -> list[Finding]:
@@ -225,13 +254,14 @@ def _below(limit: float, value: float) -> float:
     return limit / value
 
 
-def _miscalibration(figures: Figures, limits: Thresholds) -> list[Finding]:
+def _miscalibration(figures: Figures, limits: Thresholds, prefix: str) -> list[Finding]:
     error, gap = (figures.scalars.get(f"calibration/{name}") for name in ("ece", "gap"))
     if error is None or gap is None:
         return []
     which = "over-confident" if gap > 0 else "under-confident"
     message = f"the expected calibration error is {error:.3g}: {which} by {abs(gap):.3g}"
-    return [Finding("calibration/ece", error / limits.calibration, message)]
+    severity = (error - figures.chance) / limits.calibration
+    return [Finding(tag(prefix, "calibration/ece"), severity, message)]
 
 
 @dataclass
@@ -268,22 +298,20 @@ class _Rate:
         self._latest: deque[float] = deque(maxlen=4)
         self._rises = True  # at every check so far
 
-    def look(self, tag: str, rate: float, step: int, limits: Thresholds) -> Finding:
+    def look(self, rate: float, step: int, limits: Thresholds, base: float) -> tuple[float, str]:
+        """The severity of `rate`, and a message; up to `base` a jump is a warm-up by epochs."""
         self._rises = self._rises and rate > max(self._latest, default=-1.0)
         if len(self._latest) == self._latest.maxlen:
             self._largest = max(self._largest, self._latest[0])
         self._latest.append(rate)
-        if rate == 0:
-            return Finding(tag, math.inf, "0 while training goes on")
-        if not self._rises and rate >= limits.jump * self._largest > 0:
+        is_jump = rate >= limits.jump * self._largest > 0 and rate > 1.001 * base
+        if is_jump and not self._rises:
             over = rate / self._largest
-            return Finding(tag, over / limits.jump, f"{rate:.3g}, {over:.3g} times all before")
+            return over / limits.jump, f"{rate:.3g}, {over:.3g} times all before"
         steps = step - self._first
         if self._rises and steps >= limits.warmup:
-            return Finding(
-                tag, steps / limits.warmup, f"has risen for all {steps} steps: {rate:.3g}"
-            )
-        return Finding(tag, 0.0, "")
+            return steps / limits.warmup, f"has risen for all {steps} steps: {rate:.3g}"
+        return 0.0, ""
 
 
 def listed(names: Sequence[str]) -> str:

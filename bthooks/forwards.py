@@ -141,7 +141,7 @@ class Forwards:
         readings.histograms = {f"activations/{p}": h for p, h in window.activations.items()}
         self._ledger.captured("attention", readings.attention)
         self._ledger.captured("activations", window.activations)
-        if "uncertainty" in self._kinds and batch.due.scalars:
+        if "uncertainty" in self._kinds:
             with self._ledger.guard("uncertainty"):
                 found = find_uncertainties(output)
                 readings.merge(uncertainties(found, distributions=batch.due.histograms))

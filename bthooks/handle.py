@@ -133,9 +133,9 @@ class Handle:
         """What began to be wrong so far, in the order in which it was seen."""
         return tuple(self._outbox.alerts)
 
-    def judge(self, event: Event, number: int, prefix: str) -> None:
-        """Judge the scalars of `event`, which go under `prefix`, by the thresholds."""
-        self._outbox.judge(event, Figures(event.scalars), number, prefix)
+    def judge(self, event: Event, figures: Figures, number: int, prefix: str) -> None:
+        """Put into `event`, which goes under `prefix`, what is wrong by the thresholds."""
+        self._outbox.judge(event, figures, number, prefix)
         self._outbox.tell()
 
     def advance(self) -> None:

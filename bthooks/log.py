@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .attention import sums_of_weights
-from .calibration import calibration_bins, calibration_of, ranking_stats
+from .calibration import calibration_bins, calibration_of, error_by_chance, ranking_stats
 from .checks import (
     checked_classes,
     checked_hparam,
@@ -24,6 +24,7 @@ from .checks import (
     checked_values,
     checked_weights,
 )
+from .conditions import Figures
 from .gradients import gradient_norms
 from .handle import attachments
 from .histograms import histogram
@@ -256,7 +257,9 @@ def log_calibration(
     event.images["calibration/reliability"] = reliability_diagram(bins)
     for handle in attachments():
         if handle.writer is writer:
-            handle.judge(event, checked_step(step), prefix)
+            figures = Figures(event.scalars, chance=float(error_by_chance(bins)))
+            handle.judge(event, figures, checked_step(step), prefix)
+            break
     write(writer, prefixed(event, prefix), checked_step(step))
 
 

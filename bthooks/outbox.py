@@ -87,6 +87,11 @@ class Outbox:
             wait_for = len(self._leaving) if waiting else 0
             for batch in waiting:
                 readings, batch.readings = batch.readings, Readings()
+                # A forward is before the step that says which number is its own.
+                if not batch.due.histograms:
+                    readings.histograms, readings.samples = {}, {}
+                if not batch.due.scalars:
+                    readings.attention, readings.means = {}, {}
                 with self._losing(batch.number):
                     self._leaving.append((batch, Reading(readings)))
             while self._leaving:
@@ -116,7 +121,7 @@ class Outbox:
     def judge(self, event: Event, figures: Figures, number: int, prefix: str) -> None:
         """Put into `event` what is wrong by the figures."""
         with self._ledger.guard("health"):
-            health = self._health.setdefault(prefix, Health(self._thresholds))
+            health = self._health.setdefault(prefix, Health(self._thresholds, prefix))
             shares, begun, cleared = health.check(figures, number)
             event.scalars |= {f"health/{condition}": share for condition, share in shares.items()}
             training = self._health.get("")
@@ -152,7 +157,7 @@ class Outbox:
         self._health.clear()
         for prefix, *fields in lasting:
             alert = Alert(*fields)
-            self._health.setdefault(prefix, Health(self._thresholds)).resume(alert)
+            self._health.setdefault(prefix, Health(self._thresholds, prefix)).resume(alert)
             if alert not in self.alerts:
                 self.alerts.append(alert)
 

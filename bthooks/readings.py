@@ -31,6 +31,7 @@ class Readings:
     """What was measured for one step. Tensors stay on their devices until `compose`."""
 
     scalars: dict[str, Tensor | float] = field(default_factory=dict)  # tag -> 0-d
+    base_rates: dict[str, Tensor | float] = field(default_factory=dict)  # tag -> a scheduler's
     means: dict[str, Tensor] = field(default_factory=dict)  # tag -> (2,): sum, count
     norms: dict[str, Tensor] = field(default_factory=dict)  # parameter name -> 0-d
     unclipped: dict[str, Tensor] = field(default_factory=dict)  # the same, before clipping
@@ -56,6 +57,7 @@ class Readings:
         self.forwards += [f for f in other.forwards if f.calls or not self.forwards]
         del self.forwards[_FORWARDS:]
         self.scalars |= other.scalars
+        self.base_rates |= other.base_rates
         self.norms |= other.norms
         self.unclipped |= other.unclipped
         self.scaling = other.scaling or self.scaling
@@ -89,6 +91,7 @@ class Reading:
         scalars, means, norms, unclipped, maps = ({key: next(host) for key in p} for p in by_name)
         return Readings(
             r.scalars | scalars,
+            r.base_rates,
             means,
             norms,
             unclipped,
@@ -164,15 +167,18 @@ def figures(readings: Readings, event: Event) -> Figures:
         {path: attention.of_heads(sums) for path, sums in readings.attention.items()},
         {path: (low, high) for path, (low, high, count, *_) in summaries.items() if count > 1},
         readings.forwards,
+        base_rates={t: rate for t, rate in readings.base_rates.items() if isinstance(rate, float)},
     )
 
 
-def learning_rates(optimizer: Optimizer, index: int = 0) -> dict[str, Tensor | float]:
+def learning_rates(
+    optimizer: Optimizer, index: int = 0, key: str = "lr"
+) -> dict[str, Tensor | float]:
     """The rate of each group by tag; `index` numbers the optimizer where there are several."""
     groups = optimizer.param_groups
     names = distinct(str(group.get("name", at)) for at, group in enumerate(groups))
     start = f"learning_rate/{index}/" if index else "learning_rate/"
-    rates = (group.get("lr") for group in groups)
+    rates = (group.get(key) for group in groups)
     # A scheduler changes a tensor rate in place: hence the copy.
     return {
         start + name: rate.detach().clone() if isinstance(rate, Tensor) else float(rate)

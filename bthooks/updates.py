@@ -167,6 +167,7 @@ class Updates:
             with self._ledger.guard("learning rate"):
                 rates = learning_rates(optimizer, index)
                 readings.scalars |= rates
+                readings.base_rates |= learning_rates(optimizer, index, "initial_lr")
                 self._ledger.captured("learning_rate", rates)
         with self._ledger.guard("loss scale"):
             scaler = find_scaler()

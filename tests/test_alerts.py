@@ -36,7 +36,7 @@ TOLD = {
     "normalized": {"collapsed_gradients": "root"},
     "dead": {"dead_activations": "blocks.0.mlp.1"},
     "schedule": {"learning_rate": "learning_rate/0"},
-    "confident": {"miscalibration": "calibration/ece"},
+    "confident": {"miscalibration": "val/calibration/ece"},
 }
 BEGAN = {"nan": 30, "root": 30}
 
@@ -104,6 +104,9 @@ HEALTHY = {
     "nothing": [Figures({})] * 4,
     "one check": [total(1), total(11), total(1), total(11), total(1)],
     "no gradient at first": [Figures(layers(1, 0)), Figures(layers(1, 1e-3))],
+    "an idle expert": [Figures(layers(1, float(at % 9 == 0))) for at in range(40)],
+    "a frozen group": [Figures({"learning_rate/0": 1.0, "learning_rate/1": 0.0})] * 9,
+    "few samples": [Figures({"calibration/ece": 0.25, "calibration/gap": 0.1}, chance=0.2)] * 3,
     "few keys": [heads((0.0, 3.0, 0.0))] * 3,
     "no key": [heads((math.nan, math.nan, math.nan))] * 3,
     "previous token": [heads((0.02, 30.0, 0.98))] * 3,
@@ -127,6 +130,10 @@ ILL = {
         "exploding_gradients: l0: step 100: its gradient norm is 10 ** 1.0 times",
     ),
     "vanishing": ([Figures(layers(1e-6, 1, 0.3))] * 2, "vanishing_gradients: l0: step 10: its"),
+    "no gradient any more": (
+        [Figures(layers(float(at < 3), 1)) for at in range(14)],
+        "vanishing_gradients: l0: step 130: its mean gradient norm is 0.0e+00",
+    ),
     "none at all": ([Figures(layers(0, 0))] * 2, "vanishing_gradients: l0: step 10: its mean"),
     "collapsed": ([Figures(layers(1, 1, 1.001, 1))] * 2, "collapsed_gradients: root: step 10"),
     "head": (
@@ -168,7 +175,7 @@ def test_what_is_ill(name):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from([0.0, 4.0, 7.0, 11.0, 1e9]), max_size=30), st.integers(1, 4))
+@given(st.lists(st.sampled_from([0.0, 4.0, 7.0, 11.0, 1e9]), max_size=45), st.integers(1, 4))
 def test_episodes_begin_and_end_in_turn(totals, checks):
     health, told = Health(Thresholds(checks=checks, decades=math.inf)), []
     for step, norm in enumerate(totals):
@@ -177,10 +184,12 @@ def test_episodes_begin_and_end_in_turn(totals, checks):
         assert health.lasts("exploding_gradients") == (len(told) % 2 == 1)
     expected, now = [], "cleared"
     for step in range(len(totals)):
-        if step + 1 < checks + (expected[-1][1] + 1 if expected else 0):
+        since = totals[expected[-1][1] + 1 if expected else 0 : step + 1]
+        if len(since) < checks:
             continue
-        latest = totals[step + 1 - checks : step + 1]
+        latest, longer = since[-checks:], since[-10 * checks :]
         over, under = all(n > 10 for n in latest), all(n <= 5 for n in latest)
+        under |= len(longer) == 10 * checks and all(n < 10 for n in longer)
         if over if now == "cleared" else under:
             now = "begun" if over else "cleared"
             expected.append((now, step))
@@ -200,6 +209,24 @@ def test_an_overflow_of_the_loss_scale_is_no_alarm(tmp_path):
         assert handle.alerts == ()
     skipped = [value for _, value in read(tmp_path).scalars["gradients/skipped_steps"]]
     assert skipped[-1] > 0
+
+
+@pytest.mark.parametrize("schedule", ["by epochs", "ten times the base"])
+def test_a_scheduler_may_jump_to_its_base(schedule):
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=5)
+    with attach(model, None, every=1, capture=["learning_rate"]) as handle:
+        for step in range(40):
+            model(torch.ones(1, 4)).sum().backward()
+            optimizer.step()
+            if step % 5 == 4:
+                scheduler.step()
+            if step >= 35 and schedule != "by epochs":
+                optimizer.param_groups[0]["lr"] = 1e-5
+        with warnings.catch_warnings(record=True):
+            handle.flush()
+        assert [alert.step for alert in handle.alerts] == [37] * (schedule != "by epochs")
 
 
 def test_what_training_tells_is_not_told_again_of_validation(tmp_path):
@@ -339,6 +366,29 @@ def test_an_alert_that_lasts_is_resumed(tmp_path, capsys):
     assert [alert.cleared for alert in again.alerts] == [9]
     assert main([str(tmp_path), "--report"]) == 0
     assert "over  exploding_gradients" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [16, 32, 128, 1000])
+def test_a_perfect_model_is_no_miscalibrated_one_however_few_it_is_asked(size, tmp_path):
+
+    def evaluate(sharpness, steps):
+        for step in steps:
+            logits = torch.randn(size, 5) * 2
+            targets = logits.softmax(-1).multinomial(1)[:, 0]
+            p = (logits * sharpness).softmax(-1)
+            bthooks.log_calibration(writer, p, targets, step, prefix="val")
+
+    model = nn.Linear(1, 1)
+    with (
+        bthooks.make_writer(tmp_path, "run") as writer,
+        attach(model, writer, prefix="a") as handle,
+        attach(nn.Linear(1, 1), writer, prefix="b") as other,
+    ):
+        evaluate(1, range(20))
+        assert handle.alerts == ()
+        with pytest.warns(RuntimeWarning, match="miscalibration: val/calibration/ece") as caught:
+            evaluate(8, range(20, 40))
+        assert len(caught) == len(handle.alerts) + len(other.alerts) == 1
 
 
 def test_calibration_is_judged_by_the_attachment_of_that_writer(tmp_path):

@@ -315,6 +315,19 @@ def test_activations_and_update_ratios_on_request(tmp_path):
     assert set(handle.report().captured) == set(kinds)
 
 
+def test_forwards_are_written_at_the_cadence_of_their_kind(tmp_path):
+    """Whether one is of a step that is due is known at that step only."""
+    model = Transformer()
+    kinds = ("activations", "attention", "uncertainty")
+    with attach(model, tmp_path, capture=kinds, every=3, histograms_every=2):
+        train(model, sgd(model), 8)
+    run = read(tmp_path)
+    steps = {tag: [step for step, _ in points] for tag, points in run.scalars.items()}
+    assert steps["attention/mean_entropy"] == steps["uncertainty/epistemic"] == [0, 3, 6]
+    for tag in "activations/head", "uncertainty/distribution/epistemic":
+        assert [step for step, *_ in run.histograms[tag]] == [0, 2, 4, 6]
+
+
 def test_include_and_prefix(tmp_path):
     model = Transformer()
     with attach(model, tmp_path, include="blocks.1.*", prefix="student", every=1) as handle:

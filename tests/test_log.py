@@ -140,14 +140,14 @@ def test_gradient_norms_against_float64(logged):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_norms_of_any_size_against_float64(dtype):
     """Equal elements, since their rounding errors add up: one stage is off by 2.7e-3 here."""
-    sizes = 1, 4095, 4096, 32_767, 32_768, 100_001, 1 << 20, 38_600_000
+    sizes = 1, 1024, 1025, 32_767, 32_768, 100_001, 1 << 20, 38_600_000
     value = torch.tensor(0.1, dtype=dtype)
     model = nn.ParameterList(nn.Parameter(torch.empty(size, dtype=dtype)) for size in sizes)
     for parameter in model:
         parameter.grad = value.expand_as(parameter).clone()
     found = bthooks.gradient_norms(model)
     expected = [value.double().item() * math.sqrt(size) for size in sizes]
-    assert [norm.item() for norm in found.values()] == pytest.approx(expected, rel=5e-6)
+    assert [norm.item() for norm in found.values()] == pytest.approx(expected, rel=1e-6)
 
 
 def test_gradients_that_are_not_there_are_said(tmp_path):

@@ -6,6 +6,7 @@ In: a directory with event files. Out: a server on a port, or a report on standa
 import contextlib
 import errno
 import io
+import os
 import re
 import socket
 import sys
@@ -16,7 +17,6 @@ from typing import NamedTuple
 
 _PORTS = 20  # that are tried
 _SAMPLES = {"scalars": 10_000, "histograms": 500, "images": 100, "text": 1000, "hparams": 1000}
-_EVENTS = "*tfevents*"
 _METRIC = r"(.*/)?(train|val|test)/|.*gradients/total_norm|.*calibration/ece$"
 _MEASURED = r".*(attention|gradients/norm|learning_rate|uncertainty|health)/|.*calibration/(?!ece$)"
 
@@ -90,12 +90,18 @@ def _missing(logdir: Path) -> str:
         )
     if not logdir.is_dir():
         return f"{logdir} is a file: name the directory that it is in"
-    files = list(logdir.rglob(_EVENTS))
+    files = _event_files(logdir)
     if not files:
         return f"there are no event files (events.out.tfevents...) in {logdir} or below it"
     if not any(map(_has_values, files)):
         return f"nothing has been logged yet: all event files in {logdir} are empty ({len(files)})"
     return ""
+
+
+def _event_files(logdir: Path) -> list[Path]:
+    """Those that TensorBoard finds, which follows links."""
+    found = os.walk(logdir, followlinks=True)
+    return [Path(at, name) for at, _, names in found for name in names if "tfevents" in name]
 
 
 def _has_values(file: Path) -> bool:
@@ -110,7 +116,7 @@ def _runs(logdir: Path) -> Iterator["Run"]:
 
     # 0 keeps all, 1 the last.
     sizes = {"scalars": 1, "tensors": 0, "histograms": 1, "images": 1, "compressedHistograms": 1}
-    for directory in sorted({file.parent for file in logdir.rglob(_EVENTS)}):
+    for directory in sorted({file.parent for file in _event_files(logdir)}):
         events = EventAccumulator(str(directory), sizes).Reload()
         scalars = {tag: events.Scalars(tag)[-1] for tag in events.Tags()["scalars"]}
         texts = {

@@ -70,6 +70,13 @@ def test_the_report(tmp_path, backend):
     assert told.stderr == ""
 
 
+def test_runs_behind_links_are_found(tmp_path):
+    trained(tmp_path / "there", "torch")
+    (tmp_path / "shown").mkdir()
+    (tmp_path / "shown" / "linked").symlink_to(tmp_path / "there" / "run_1")
+    assert "linked: step 7" in run(tmp_path / "shown", "--report").stdout
+
+
 @pytest.mark.parametrize("more", [[], ["--report"]])
 def test_nothing_to_show_is_said(more, tmp_path):
     told = run(tmp_path / "nonsense", *more)

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -39,10 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if given.report:
-            return report(given.logdir)
+            status = report(given.logdir)
+            sys.stdout.flush()
+            return status
         return view(given.logdir, given.host, given.port)
     except KeyboardInterrupt:
-        return 130
+        return 130 if given.report else 0
+    except BrokenPipeError:  # of `| head`, say; Python writes what is left at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _port(given: str) -> int:

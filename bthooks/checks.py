@@ -1,4 +1,4 @@
-"""Checks: what is given to a log function, refused at the call where it is nonsense.
+"""Checks: what is given to a function, refused at the call where it is nonsense.
 
 In: anything. Out: the same in one type, or an error that says what, where, what was got and how to
 mend it.
@@ -91,33 +91,43 @@ def checked_weights(given: Any) -> Tensor:
     return weights
 
 
-def checked_classes(where: str, probabilities: Any, targets: Any) -> tuple[Tensor, Tensor]:
-    """Probabilities of classes, and which of them are true."""
-    p = checked_values(where, "probabilities", probabilities).detach()
-    true = checked_values(where, "targets", targets).detach()
-    if p.dim() < 2 or p.shape[:-1] != true.shape or not p.numel():
+def checked_classes(where: str, probabilities: Any, targets: Any) -> None:
+    """Whether these are probabilities of classes, and which of them are true; reads no values."""
+    for name, given in (("probabilities", probabilities), ("targets", targets)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{where}: {name} are a tensor, got {type(given).__name__}")
+    p, true = probabilities, targets
+    if p.dim() < 2 or p.shape[-1] < 2 or p.shape[:-1] != true.shape or not p.numel():
         raise ValueError(
             f"{where}: probabilities have shape (batch, classes) and targets (batch), got "
-            f"{tuple(p.shape)} and {tuple(true.shape)}"
+            f"{tuple(p.shape)} and {tuple(true.shape)}; of two classes: torch.stack([1 - p, p], -1)"
         )
     if not p.is_floating_point() or true.is_floating_point() or true.is_complex():
         raise TypeError(
             f"{where}: probabilities are floats and targets class indices, got {p.dtype} and "
             f"{true.dtype}"
         )
-    least, largest = true.amin().item(), true.amax().item()
+
+
+def checked_probabilities(where: str, p: Tensor, true: Tensor) -> None:
+    """Whether the values of `checked_classes` are some; NaN may be."""
+    least, largest = (value.item() for value in true.long().aminmax())
     if least < 0 or largest >= p.shape[-1]:
         raise ValueError(
             f"{where}: targets go from {least} to {largest}, expected class indices 0 to "
             f"{p.shape[-1] - 1}; leave out what has none"
         )
-    tolerance = 1e-3 if p.dtype in (torch.float32, torch.float64) else 3e-2
-    if not (p.amin() >= 0).item() or not ((p.float().sum(-1) - 1).abs() <= tolerance).all().item():
+    sums = p.float().sum(-1)
+    sums = sums[~sums.isnan()]
+    # Of bfloat16, widened after its softmax, they are off by up to 3e-3.
+    tolerance = 1e-2 if p.dtype in (torch.float32, torch.float64) else 3e-2
+    least = p.nan_to_num(0).amin().item()
+    if least < 0 or ((sums - 1).abs() > tolerance).any().item():
+        found = f"{sums.min():.4g}..{sums.max():.4g}" if len(sums) else "NaN"
         raise ValueError(
-            f"{where}: probabilities are at least 0 and sum to 1 over the last dimension; pass "
-            "them after the softmax, not the logits"
+            f"{where}: probabilities are at least 0 and sum to 1 over the last dimension, got "
+            f"{least:.4g} and {found}; pass them after the softmax, not the logits"
         )
-    return p, true
 
 
 def checked_hparam(value: Any) -> str | float:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 Layout = dict[str, dict[str, list[object]]]
 
 _TRAINING = r"(?!(.*/)?val/)(.*/)?"  # whatever the prefix
-_METRIC = r"(.*/)?(train|val|test)/(.*[/_])?"
+_METRIC = r"(.*/)?(train|val|eval|test)/(.*[/_])?"
 _LOW, _HIGH = 0.5, 2.0  # nats: the entropy of a healthy layer
 _CHARTS = {  # title -> what a tag starts with for the chart to be there, what it shows
     "health: fraction of the layers, heads, ... in trouble": ("health/", "health/[a-z_]+$"),

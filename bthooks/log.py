@@ -20,6 +20,7 @@ from .checks import (
     checked_hparam,
     checked_model,
     checked_number,
+    checked_probabilities,
     checked_step,
     checked_values,
     checked_weights,
@@ -227,8 +228,10 @@ def log_calibration(
     | `calibration/aurc` | with it: the risk-coverage area |
     | `calibration/reliability` | image: accuracy over confidence |
 
-    What can't be said (`auroc`, where all are right) is left out. Where an attachment has this
-    writer, its thresholds judge the error, and `health/miscalibration` (0 or 1) is written too.
+    What can't be said (`auroc`, where all are right) is left out; and where a probability is NaN
+    all of it is, where an uncertainty is what takes it, with a warning. Where an attachment has
+    this writer, its thresholds judge the error, and `health/miscalibration` (0 or 1) is written
+    too.
 
     >>> p, targets = torch.rand(100, 10).softmax(-1), torch.randint(10, (100,))
     >>> log_calibration(writer, p, targets, step=0, uncertainty=1 - p.amax(-1))
@@ -240,7 +243,17 @@ def log_calibration(
     if writer is None:
         return
     where = "log_calibration"
-    p, true = checked_classes(where, probabilities, targets)
+    p = checked_values(where, "probabilities", probabilities).detach()
+    true = checked_values(where, "targets", targets).detach()
+    checked_classes(where, p, true)
+    checked_probabilities(where, p, true)
+    if lost := int(p.isnan().any(-1).sum()):
+        warnings.warn(
+            f"bthooks.{where}: {lost} of {true.numel()} rows of probabilities are NaN; nothing of "
+            "them is written",
+            stacklevel=2,
+        )
+        return
     bins = calibration_bins(p, true)
     stats = calibration_of(bins)
     if uncertainty is not None:
@@ -250,7 +263,14 @@ def log_calibration(
                 f"{where}: uncertainty has the shape of targets, {tuple(true.shape)}, got "
                 f"{tuple(unsure.shape)}"
             )
-        stats |= ranking_stats(unsure, p, true)
+        if lost := int(unsure.isnan().sum()):
+            warnings.warn(
+                f"bthooks.{where}: {lost} of {true.numel()} values of uncertainty are NaN; it is "
+                "left out",
+                stacklevel=2,
+            )
+        else:
+            stats |= ranking_stats(unsure, p, true)
     *numbers, bins = Transfer([*stats.values(), bins]).result()
     scalars = {f"calibration/{name}": v for name, v in zip(stats, numbers, strict=True)}
     event = Event({tag: value for tag, value in scalars.items() if not math.isnan(value)})

@@ -32,8 +32,8 @@ def decompose_uncertainty(
 
     Args:
         probabilities: `(samples, batch, ..., classes)`, not logits.
-        mean, variance: of a regression instead, `(samples, batch, ...)` each; where no variance is
-            predicted, leave it out.
+        mean, variance: of a regression instead, `(samples, batch, ...)` each, the variance not
+            its log; where none is predicted, leave it out.
 
     Returns:
         `total`, `aleatoric` and `epistemic`, `(batch, ...)` each, none below 0, float32 or better.
@@ -50,8 +50,12 @@ def decompose_uncertainty(
 
     Raises:
         ValueError: the shapes are others.
+        TypeError: what is given is no real tensor.
     """
     where = "decompose_uncertainty"
+    for given in (probabilities, mean, variance):
+        if given is not None and (not isinstance(given, Tensor) or given.is_complex()):
+            raise TypeError(f"{where}: expected real tensors, got {type(given).__name__}")
     if (probabilities is None) == (mean is None):
         raise ValueError(f"{where}: give either probabilities, or mean= (and variance=)")
     if probabilities is not None:
@@ -61,8 +65,9 @@ def decompose_uncertainty(
                 f"{tuple(probabilities.shape)}; one sample alone is probabilities[None]"
             )
         p = _wide(probabilities)
-        total = torch.special.entr(p.mean(0)).sum(-1)
-        aleatoric = torch.special.entr(p).sum(-1).mean(0).minimum(total)
+        # Below 0 where rounding made a probability greater than 1.
+        total = torch.special.entr(p.mean(0)).sum(-1).clamp(min=0)
+        aleatoric = torch.special.entr(p).sum(-1).clamp(min=0).mean(0).minimum(total)
         return {"total": total, "aleatoric": aleatoric, "epistemic": total - aleatoric}
     assert mean is not None
     if mean.dim() < 1 or not mean.numel() or not (variance is None or variance.shape == mean.shape):

@@ -65,11 +65,19 @@ def test_confidence_one_and_zero_probability_count():
     assert number(found["nll"]) == pytest.approx((math.log(2) - math.log(2**-52)) / 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_an_edge_belongs_to_the_bin_above_it(dtype):
-    p = torch.tensor([[0.8, 0.2]], dtype=dtype)
-    (at,) = calibration_bins(p, torch.tensor([0]), bins=5)[:, 0].nonzero()[0].tolist()
-    assert at == (3 if dtype == torch.float16 else 4)  # float16 has 0.79980
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bins", [5, 10, 15, 20, 30])
+def test_an_edge_belongs_to_the_bin_above_it(dtype, bins):
+    for k in range(1, bins):
+        p = torch.full((1, 100), (1 - k / bins) / 99, dtype=dtype)
+        p[0, 0] = k / bins
+        found = calibration_bins(p, torch.tensor([0]), bins)
+        assert found[:, 0].nonzero().tolist() == [[k]]
+
+
+def test_an_edge_in_half_precision():
+    p = torch.tensor([[0.8, 0.2]], dtype=torch.float16)  # which has 0.79980
+    assert calibration_bins(p, torch.tensor([0]), 5)[:, 0].nonzero().tolist() == [[3]]
 
 
 @settings(max_examples=30, deadline=None)
@@ -81,6 +89,15 @@ def test_bins_merge(sizes, seed):
     assert merged.shape == (15, 5)
     for name, value in calibration_of(merged).items():
         assert number(value) == pytest.approx(number(calibration_stats(p, targets)[name]))
+
+
+def test_padding_counts_nothing():
+    p, targets = predictions(40, 3)
+    targets[::4] = -100
+    kept = targets >= 0
+    expected = calibration_stats(p[kept], targets[kept])
+    for name, value in calibration_stats(p, targets).items():
+        assert number(value) == pytest.approx(number(expected[name])), name
 
 
 @settings(max_examples=60, deadline=None)
@@ -144,8 +161,9 @@ def no_probabilities():
         "class": (p, targets + 3, "indices 0 to 2"),
         "padding": (p, targets - 100, "leave out"),
         "float targets": (p, targets.float(), "class indices"),
-        "nan": (p * math.nan, targets, "sum to 1"),
         "empty": (p[:0], targets[:0], "shape"),
+        "of one class": (p[:, 0], targets, r"torch.stack\(\[1 - p, p\], -1\)"),
+        "one column": (p[:, :1], targets, r"torch.stack\(\[1 - p, p\], -1\)"),
     }
 
 
@@ -157,3 +175,45 @@ def test_nonsense_is_refused(case, tmp_path):
         pytest.raises((ValueError, TypeError), match=said),
     ):
         bthooks.log_calibration(writer, p, targets, 0)
+
+
+@pytest.mark.parametrize(
+    "case", ["shape", "float targets", "empty", "of one class", "list", "bins"]
+)
+def test_nonsense_is_refused_by_the_measure_too(case):
+    p, targets, said = no_probabilities().get(case, (*predictions(8, 3), "from 1"))
+    if case == "list":
+        p, said = p.tolist(), "probabilities are a tensor, got list"
+    with pytest.raises((ValueError, TypeError), match=said):
+        calibration_stats(p, targets, bins=0 if case == "bins" else 15)
+
+
+def test_what_is_not_a_number_is_said_and_left_out(tmp_path):
+    p, targets = predictions(64, 3)
+    unsure, nan = torch.rand(64), torch.tensor([math.nan])
+    with bthooks.make_writer(tmp_path, "run") as writer:
+        with pytest.warns(UserWarning, match="1 of 64 rows of probabilities are NaN"):
+            bthooks.log_calibration(
+                writer, p.index_fill(0, torch.tensor([3]), math.nan), targets, 0
+            )
+        with pytest.warns(UserWarning, match="1 of 64 values of uncertainty are NaN"):
+            bthooks.log_calibration(writer, p, targets, 1, uncertainty=torch.cat([nan, unsure[1:]]))
+    run = read(tmp_path)
+    assert run.group("calibration/", 0) == {}
+    assert run.group("calibration/", 1).keys() == calibration_stats(p, targets).keys()
+
+
+@pytest.mark.parametrize(
+    "p",
+    [
+        (torch.randn(512, 10) * 2).bfloat16().softmax(-1).float(),  # off by 3e-3
+        (torch.randn(512, 10) * 2).half().softmax(-1),
+        torch.randn(512, 10).softmax(-1)[:1],
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.int32])
+def test_what_validation_loops_hold_is_taken(p, dtype, tmp_path):
+    targets = torch.zeros(len(p), dtype=dtype)
+    with bthooks.make_writer(tmp_path, "run") as writer:
+        bthooks.log_calibration(writer, p, targets, 0, uncertainty=1 - p.amax(-1))
+    assert len(read(tmp_path).group("calibration/", 0)) >= 7

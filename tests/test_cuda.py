@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bthooks import attach
+from bthooks import attach, mc_dropout
 
 from .conftest import read
 from .models import Transformer, batch
@@ -27,3 +27,9 @@ def test_an_attached_step_never_waits_for_the_device(kinds, tmp_path):
         torch.cuda.set_sync_debug_mode("default")
     handle.detach()
     assert [step for step, _ in read(tmp_path).scalars["gradients/total_norm"]] == list(range(5))
+
+
+def test_samples_leave_the_random_numbers_of_the_device():
+    state = torch.cuda.get_rng_state()
+    assert len(mc_dropout(torch.nn.Dropout(), torch.ones(8, device="cuda"), samples=2)) == 2
+    assert torch.equal(torch.cuda.get_rng_state(), state)

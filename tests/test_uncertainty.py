@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -39,6 +40,13 @@ def test_entropies_are_those_of_scipy(samples, size, classes, sharpness, seed):
         assert found[kind].shape == (size,)
         assert found[kind].numpy() == pytest.approx(expected, abs=2e-6)
         assert (found[kind] >= 0).all()
+
+
+def test_probabilities_above_one_by_rounding_have_no_entropy_below_0():
+    found = decompose_uncertainty(torch.full((3, 2, 1), 1 + 1e-7))
+    assert all((value >= 0).all() for value in found.values())
+    with pytest.raises(TypeError, match="real tensors, got list"):
+        decompose_uncertainty([[0.5, 0.5]])
 
 
 def test_variances_follow_the_law_of_total_variance():
@@ -104,11 +112,44 @@ def test_dropout_is_active_and_nothing_else_changes(name, training):
         assert torch.equal(value, before[key]), key
 
 
-def test_the_mean_over_many_samples_is_the_output_in_eval():
-    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 3)).eval()
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_mean_over_many_samples_is_the_output_in_eval(inplace):
+    model = nn.Sequential(nn.Dropout(0.5, inplace=inplace), nn.Linear(8, 3)).eval()
     x = torch.randn(4, 8)
+    before = x.clone()
     mean = mc_dropout(model, x, samples=20_000).mean(0)
+    assert torch.equal(x, before)
     assert torch.allclose(mean, model(x), atol=0.05)
+
+
+class Counting(nn.Module):
+    """Buffers written without a new version, replaced, resized, shared out and lazy."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("variance", torch.ones(3))
+        self.register_buffer("replaced", torch.zeros(3))
+        self.register_buffer("resized", torch.zeros(0))
+        self.register_buffer("expanded", torch.arange(3.0)[:1].expand(3))
+
+    def forward(self, x):
+        x = F.batch_norm(x, self.mean, self.variance, training=self.training)
+        if self.training:
+            self.replaced = self.replaced * 0.9 + x.mean(0)
+            self.resized.resize_(3).copy_(x.mean(0))
+        return F.dropout(x, 0.5, self.training)
+
+
+def test_buffers_are_as_before_however_they_were_changed():
+    model = Counting().eval()
+    buffers = dict(model.named_buffers())
+    values = {name: buffer.clone() for name, buffer in buffers.items()}
+    mc_dropout(model, torch.randn(64, 3) + 5)
+    for name, buffer in model.named_buffers():
+        assert buffer is buffers[name]
+        assert torch.equal(buffer, values[name]), name
+    mc_dropout(nn.Sequential(nn.LazyBatchNorm1d(), nn.Dropout()).eval(), torch.randn(4, 3))
 
 
 def test_an_exception_leaves_everything_as_it_was():
@@ -142,8 +183,36 @@ def test_outputs_of_any_structure_and_keywords():
     assert found["pair"][1] == 3
 
 
+@dataclasses.dataclass(frozen=True)
+class Output:
+    logits: torch.Tensor
+    parts: dict[str, torch.Tensor]
+    name: str = "a"
+
+
+class Returning(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.make, self.kept = make, torch.zeros(2, 4)
+
+    def forward(self, x):
+        return self.make(self.kept.copy_(F.dropout(x, 0.5, self.training)))
+
+
+def test_a_dataclass_is_stacked_and_what_can_not_be_is_refused():
+    found = mc_dropout(Returning(lambda y: Output(y, {"a": y})), torch.ones(2, 4), samples=9)
+    assert type(found) is Output
+    assert found.name == "a"
+    assert len({tuple(sample.flatten().tolist()) for sample in found.logits}) > 1
+    assert torch.equal(found.logits, found.parts["a"])
+    with pytest.raises(TypeError, match="returns a Normal, in which no tensor is found; wrap"):
+        mc_dropout(Returning(lambda y: torch.distributions.Normal(y, 1.0)), torch.ones(2, 4))
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got function"):
+        mc_dropout(lambda x: x, torch.ones(2))
+
+
 def test_a_model_without_dropout_is_said():
-    with pytest.warns(RuntimeWarning, match="two samples are identical"):
+    with pytest.warns(RuntimeWarning, match="the samples are identical"):
         mc_dropout(nn.Linear(2, 2), torch.ones(1, 2), samples=2)
     mc_dropout(nn.Linear(2, 2), torch.ones(1, 2), samples=1)
     with pytest.raises(ValueError, match="samples"):

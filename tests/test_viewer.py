@@ -70,11 +70,62 @@ def test_the_report(tmp_path, backend):
     assert told.stderr == ""
 
 
-def test_runs_behind_links_are_found(tmp_path):
+def test_links_are_followed_and_each_run_is_told_once(tmp_path):
     trained(tmp_path / "there", "torch")
-    (tmp_path / "shown").mkdir()
+    (tmp_path / "shown" / "run").mkdir(parents=True)
     (tmp_path / "shown" / "linked").symlink_to(tmp_path / "there" / "run_1")
-    assert "linked: step 7" in run(tmp_path / "shown", "--report").stdout
+    for name in "latest", "again", "run/up":
+        (tmp_path / "shown" / name).symlink_to(tmp_path / "shown")
+    (tmp_path / "there" / "run_1" / "events.out.tfevents.0").symlink_to("nowhere")
+    told = run(tmp_path / "shown", "--report")
+    assert told.stdout.count(": step 7") == told.stdout.count("linked: step 7") == 1
+    assert told.stdout.endswith("runs: 1, open alerts: 0\n"), told.stderr
+
+
+def judged(directory, weights, state=None):
+    """Steps whose gradients are as large as the weights, in a process of its own."""
+    with bthooks.make_writer(directory, "run") as writer:
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), 1e-9)
+        handle = bthooks.attach(model, writer, every=1)
+        if state is not None:
+            handle.load_state_dict(state)
+        for weight in weights:
+            optimizer.zero_grad()
+            (model(torch.ones(1, 2)).mean() * weight).backward()
+            optimizer.step()
+        handle.detach()
+        return handle.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:bthooks. exploding_gradients")
+def test_a_run_started_anew_has_no_alerts_of_before_and_a_resumed_one_has(tmp_path):
+    state = judged(tmp_path / "a", [1000.0] * 5)
+    judged(tmp_path / "a", [1000.0] * 2, state)
+    resumed = run(tmp_path / "a" / "run", "--report")
+    assert resumed.returncode == 1, resumed.stderr
+    assert resumed.stdout.startswith("run: step 6\n")
+    assert "OPEN  exploding_gradients: root: step 1" in resumed.stdout
+
+    judged(tmp_path / "a", [1.0] * 4)
+    anew = run(tmp_path / "a", "--report")
+    assert anew.returncode == 0
+    assert anew.stdout.endswith("runs: 1, open alerts: 0\n")
+
+    # A writer beside it says nothing of it.
+    with bthooks.make_writer(tmp_path / "b", "run") as beside:
+        judged(tmp_path / "b", [1000.0] * 5)
+        bthooks.log_metrics(beside, {"loss": 1.0}, 0)
+    assert run(tmp_path / "b", "--report").returncode == 1
+
+
+def test_a_reader_that_ends_early_gets_no_traceback(tmp_path):
+    trained(tmp_path, "torch")
+    command = [*PYTHON, str(tmp_path), "--report"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as report:
+        report.stdout.close()
+        assert report.stderr.read() == b""
+    assert report.returncode == 141
 
 
 @pytest.mark.parametrize("more", [[], ["--report"]])
@@ -103,6 +154,9 @@ def test_nonsense_is_refused_and_help_is_complete(tmp_path):
     told = run(tmp_path, "--host", "no.such.host.invalid")
     assert told.returncode == 2
     assert "can't serve on no.such.host.invalid" in told.stderr
+    assert "can't serve on .x" in run(tmp_path, "--host", ".x").stderr
+    with socket.create_server(("localhost", 65535)):
+        assert "no port from 65535 to 65535 is free" in run(tmp_path, "--port", 65535).stderr
     told = run("--help")
     assert told.returncode == 0
     for option in ("logdir", "--report", "--host", "--port", "6006", "exit status"):

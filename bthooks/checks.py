@@ -91,26 +91,8 @@ def checked_weights(given: Any) -> Tensor:
     return weights
 
 
-def checked_classes(where: str, probabilities: Any, targets: Any) -> None:
-    """Whether these are probabilities of classes, and which of them are true; reads no values."""
-    for name, given in (("probabilities", probabilities), ("targets", targets)):
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{where}: {name} are a tensor, got {type(given).__name__}")
-    p, true = probabilities, targets
-    if p.dim() < 2 or p.shape[-1] < 2 or p.shape[:-1] != true.shape or not p.numel():
-        raise ValueError(
-            f"{where}: probabilities have shape (batch, classes) and targets (batch), got "
-            f"{tuple(p.shape)} and {tuple(true.shape)}; of two classes: torch.stack([1 - p, p], -1)"
-        )
-    if not p.is_floating_point() or true.is_floating_point() or true.is_complex():
-        raise TypeError(
-            f"{where}: probabilities are floats and targets class indices, got {p.dtype} and "
-            f"{true.dtype}"
-        )
-
-
 def checked_probabilities(where: str, p: Tensor, true: Tensor) -> None:
-    """Whether the values of `checked_classes` are some; NaN may be."""
+    """Whether the values are some of those that `checked_classes` takes; NaN may be."""
     least, largest = (value.item() for value in true.long().aminmax())
     if least < 0 or largest >= p.shape[-1]:
         raise ValueError(

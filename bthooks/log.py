@@ -14,9 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .attention import sums_of_weights
-from .calibration import calibration_bins, calibration_of, error_by_chance, ranking_stats
-from .checks import (
+from .calibration import (
+    calibration_bins,
+    calibration_of,
     checked_classes,
+    error_by_chance,
+    ranking_stats,
+)
+from .checks import (
     checked_hparam,
     checked_model,
     checked_number,
@@ -143,7 +148,7 @@ def log_attention_stats(
     | `attention/weight_mean/<name>`, `attention/weight_std/<name>` | of the weights |
     | `attention/weight_max/<name>` | the largest weight |
     | `attention/sink/<name>` | mean weight on key 0 |
-    | `attention/dead_rows/<name>` | fraction of rows that see no key |
+    | `attention/dead_rows/<name>` | fraction of rows that see no key, unless none |
 
     >>> log_attention_stats(writer, torch.full((1, 4, 8, 8), 1 / 8), step=0, name="blocks.0")
 

@@ -140,7 +140,8 @@ def compose(
     scalars |= {f"gradients/{name}": value for name, value in summary.items()}
     stats = attention.whole(readings.attention)
     for path, found in stats.items():
-        scalars |= {f"attention/{name}/{path}": value for name, value in found.items()}
+        told = {k: value for k, value in found.items() if value or k != "dead_rows"}  # else zeros
+        scalars |= {f"attention/{name}/{path}": value for name, value in told.items()}
     entropies = [found["entropy"] for found in stats.values() if "entropy" in found]
     if model and entropies:
         scalars["attention/mean_entropy"] = sum(entropies) / len(entropies)

@@ -5,6 +5,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import nn
+from transformers import BertConfig, BertModel
 
 import bthooks
 
@@ -80,11 +81,24 @@ def test_of_what_a_run_has_not_there_is_no_chart(tmp_path):
     assert len(found) == 5
 
 
-def test_a_model_of_12_layers_has_fewer_than_400_scalars(tmp_path):
+def encoder():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    model = nn.TransformerEncoder(layer, 12)
+    return nn.TransformerEncoder(layer, 12), torch.randn(2, 8, 16)
+
+
+def bert():
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=32, num_hidden_layers=12, **sizes)
+    return BertModel(config, add_pooling_layer=False), torch.ones(2, 8, dtype=torch.long)
+
+
+@pytest.mark.parametrize("make", [encoder, bert])
+def test_a_model_of_12_layers_has_fewer_than_400_scalars(make, tmp_path):
+    model, x = make()
     with bthooks.attach(model, tmp_path):
-        model(torch.randn(2, 8, 16)).square().mean().backward()
+        found = model(x)
+        found = found if isinstance(found, torch.Tensor) else found.last_hidden_state
+        found.square().mean().backward()
         torch.optim.SGD(model.parameters(), 1e-3).step()
     tags = read(tmp_path).scalars
     assert len([tag for tag in tags if tag.startswith("attention/entropy/")]) == 12

@@ -33,6 +33,7 @@ PURE |= {
 ORDER = [  # a module imports those behind it only
     "__main__",
     "viewer",
+    "runs",
     "attach",
     "log",
     "handle",
@@ -154,7 +155,7 @@ CALLS = {
     ),
     "log_gradients": lambda w: bthooks.log_gradients(w, model_with_gradients(), 0),
     "log_attention_stats": lambda w: bthooks.log_attention_stats(
-        w, torch.full((1, 2, 4, 4), 0.25), 0
+        w, torch.full((1, 2, 4, 4), 0.25).index_fill(2, torch.tensor([0]), 0.0), 0
     ),
     "log_uncertainty_metrics": lambda w: bthooks.log_uncertainty_metrics(
         w, torch.ones(3), 0, aleatoric=torch.tensor([1.0, torch.nan, 1.0])

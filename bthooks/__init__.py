@@ -1,14 +1,9 @@
 """bthooks: true attention, gradient and uncertainty numbers from an unmodified PyTorch model."""
 
-from .alerts import Alert
 from .attach import attach
-from .attention import attention_stats
-from .calibration import calibration_bins, calibration_of, calibration_stats
-from .conditions import Thresholds
-from .dropout import mc_dropout
-from .gradients import gradient_norms
 from .handle import Handle
-from .histograms import Histogram, histogram
+from .health.alerts import Alert
+from .health.conditions import Thresholds
 from .log import (
     log_activations,
     log_attention_stats,
@@ -21,9 +16,14 @@ from .log import (
     log_text,
     log_uncertainty_metrics,
 )
+from .measure.attention import attention_stats
+from .measure.calibration import calibration_bins, calibration_of, calibration_stats
+from .measure.dropout import mc_dropout
+from .measure.gradients import gradient_norms
+from .measure.histograms import Histogram, histogram
+from .measure.uncertainty import decompose_uncertainty
+from .record.writers import Writer, make_writer
 from .report import Report
-from .uncertainty import decompose_uncertainty
-from .writers import Writer, make_writer
 
 __all__ = [
     "Alert",

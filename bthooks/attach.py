@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .alerts import Alert
-from .conditions import Thresholds
 from .handle import KINDS, ON_REQUEST, Handle, attachments
+from .health.alerts import Alert
+from .health.conditions import Thresholds
 from .names import Selector, globs, selector, tag
+from .record.writers import Writer, check_backend
 from .steps import Cadence
-from .writers import Writer, check_backend
 
 
 def attach(

@@ -14,15 +14,15 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .dropout import mc_dropout
-from .outbox import Batch, Outbox
-from .readings import Readings, uncertainties
+from .capture.forward import Window
+from .capture.gradients import Updates
+from .measure.dropout import mc_dropout
+from .measure.readings import Readings, uncertainties
+from .measure.uncertainty import find_uncertainties
+from .record.recorder import Batch, Outbox
 from .report import Ledger
-from .stack import calls_on_stack, is_running, is_traced, steps_on_stack, without_modes
 from .steps import Due, Optimizers, Probe, Steps
-from .uncertainty import find_uncertainties
-from .updates import Updates
-from .window import Window
+from .torch_private import calls_on_stack, is_running, is_traced, steps_on_stack, without_modes
 
 
 class Forwards:

@@ -25,19 +25,18 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from .alerts import Alert
-from .conditions import Figures, Thresholds
+from .capture.forward import Window
+from .capture.gradients import Updates
+from .capture.nonfinite import is_compiled
 from .forwards import Forwards
-from .hook import Hook
+from .health.alerts import Alert
+from .health.conditions import Figures, Thresholds
 from .names import module_names, parameter_names
-from .outbox import Batch, Outbox
+from .record.recorder import Batch, Outbox
+from .record.writers import Event, close, is_main_rank, open_writer
 from .report import Ledger, Report, fused_away, reasons, unattended
-from .stack import steps_on_stack
 from .steps import Cadence, Optimizers, Steps
-from .trail import is_compiled
-from .updates import Updates
-from .window import Window
-from .writers import Event, close, is_main_rank, open_writer
+from .torch_private import Hook, steps_on_stack
 
 KINDS = ("attention", "gradients", "learning_rate", "uncertainty", "histograms")
 ON_REQUEST = ("activations", "updates")

@@ -13,14 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .attention import sums_of_weights
-from .calibration import (
-    calibration_bins,
-    calibration_of,
-    checked_classes,
-    error_by_chance,
-    ranking_stats,
-)
 from .checks import (
     checked_hparam,
     checked_model,
@@ -30,13 +22,19 @@ from .checks import (
     checked_values,
     checked_weights,
 )
-from .conditions import Figures
-from .gradients import gradient_norms
 from .handle import attachments
-from .histograms import histogram
-from .images import reliability_diagram
-from .names import parameter_names, tag
-from .readings import (
+from .health.conditions import Figures
+from .measure.attention import sums_of_weights
+from .measure.calibration import (
+    calibration_bins,
+    calibration_of,
+    checked_classes,
+    error_by_chance,
+    ranking_stats,
+)
+from .measure.gradients import gradient_norms
+from .measure.histograms import histogram
+from .measure.readings import (
     Readings,
     compose,
     learning_rates,
@@ -44,9 +42,11 @@ from .readings import (
     read,
     uncertainties,
 )
-from .sharded import is_sharded
-from .transfer import Transfer
-from .writers import Event, Writer, prefixed, write, write_hparams
+from .measure.sharded import is_sharded
+from .names import parameter_names, tag
+from .record.images import reliability_diagram
+from .record.transfer import Transfer
+from .record.writers import Event, Writer, prefixed, write, write_hparams
 
 
 def log_metrics(

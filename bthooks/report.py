@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from .measure.uncertainty import KEYS
 from .names import selector
-from .uncertainty import KEYS
 
 _COMPILED = (
     "compiled, where an explicit softmax or flex_attention is fused with its neighbours and can't "

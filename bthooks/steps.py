@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from .sharded import local
-from .transfer import Transfer
+from .measure.sharded import local
+from .record.transfer import Transfer
 
 Cadence = int | Callable[[int], bool]
 

@@ -24,7 +24,7 @@ from torch.nn.parameter import UninitializedParameter
 
 import bthooks
 from bthooks import attach
-from bthooks.writers import Event
+from bthooks.record.writers import Event, hand_over
 
 from .conftest import read
 
@@ -396,7 +396,7 @@ def test_non_finite_gradients_and_values_are_logged_as_what_they_are(tmp_path):
 def test_an_event_behind_another_is_in_the_system_when_the_call_returns(tmp_path):
     with bthooks.make_writer(tmp_path, "run", backend="tensorboardX") as writer:
         for step in range(50):
-            bthooks.writers.hand_over(writer, Event({f"a/{at}": 1.0 for at in range(300)}), step)
+            hand_over(writer, Event({f"a/{at}": 1.0 for at in range(300)}), step)
             bthooks.log_metrics(writer, {"b": 1.0}, step)
             ((last, _),) = read(tmp_path).scalars["train/b"][-1:]
             assert last == step

@@ -20,11 +20,11 @@ from torch.utils.tensorboard import summary
 from torch.utils.tensorboard.summary import make_histogram
 
 import bthooks
-from bthooks.histograms import raw
-from bthooks.readings import Readings, read
-from bthooks.writers import Event, _histogram_proto, hand_over
+from bthooks.measure.histograms import raw
+from bthooks.measure.readings import Readings, read
+from bthooks.record.writers import Event, _histogram_proto, hand_over
 
-from ..test_histograms import Record, rank_error
+from ..measure.test_histograms import Record, rank_error
 from . import peers
 from .models import GPT, with_gradients
 from .timing import AGAIN, Row, Timings, Work, factor, row, side_by_side

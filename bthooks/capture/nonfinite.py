@@ -1,0 +1,159 @@
+"""Trail: what the modules of one forward were given and made.
+
+In: hooks on the modules, for this forward. Out: a `Forward`.
+
+What a module was given is looked at when it has ended, with what it made: half as many hooks. One
+that overwrites it is known by its attribute `inplace`, as torch's are, or by returning it.
+"""
+
+import dataclasses
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..measure.nonfinite import Call, Extremes, Forward, extremes
+from ..measure.sharded import local
+from ..report import Ledger
+from ..torch_private import Hook, without_modes
+
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_DTYPES |= {torch.complex64, torch.complex128}
+
+
+class Trail:
+    """Follows one forward.
+
+    Args:
+        paths: the modules of the model, with their paths.
+        ledger: told what could not be looked at.
+    """
+
+    def __init__(self, paths: Mapping[nn.Module, str], ledger: Ledger) -> None:
+        self._paths, self._ledger = paths, ledger
+        self._thread = threading.get_ident()
+        self._calls: list[Call] = []
+        self._given: dict[nn.Module, list[Extremes]] = {}  # of those that overwrite it
+        # What one module made the next is given.
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int, Extremes]] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def open(self) -> None:
+        """Put the hooks on."""
+        before, after = Hook(self, self.before), Hook(self, self._after)
+        for module in observable(self._paths):
+            if getattr(module, "inplace", None) is True:
+                handle = module.register_forward_pre_hook(before, with_kwargs=True)
+                self._handles.append(handle)
+            self._handles.append(module.register_forward_hook(after, with_kwargs=True))
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def before(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        """The pre-hook of the root, and of modules that overwrite what they are given."""
+        if self._is_here():
+            self._given[module] = self._extremes((args, kwargs))
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._is_here():
+            given = self._given.pop(module, None)
+            if given is None:
+                # One that overwrites what it is given, and has no attribute `inplace`, returns it.
+                given = self._extremes((args, kwargs), former=_tensors(output, 4))
+            self._calls.append(Call(self._paths[module], given, self._extremes(output)))
+
+    def _is_here(self) -> bool:
+        return not torch.compiler.is_compiling() and threading.get_ident() == self._thread
+
+    def ended(self, root: nn.Module, output: Any) -> Forward:
+        """What was seen, once the model has returned `output`; nothing if that is finite."""
+        self._after(root, (), {}, output)
+        calls, self._calls, self._seen = self._calls, [], {}
+        made = calls[-1].made if calls else []
+        with without_modes():
+            if all(pair.low.device.type == "cpu" and not pair.is_fault() for pair in made):
+                return Forward()
+        owned = {}
+        for module, path in self._paths.items():
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                for pair in self._extremes(tensor):
+                    owned[f"{path}.{name}".removeprefix("root.")] = pair
+        compiled = [path for module, path in self._paths.items() if is_compiled(module)]
+        return Forward(calls, owned, compiled)
+
+    def _extremes(self, values: Any, former: Iterable[Tensor] = ()) -> list[Extremes]:
+        """Of the tensors in `values` that can be read; of those in `former` as they were seen."""
+        try:
+            stale = {id(tensor) for tensor in former}
+            # Modes are off by a flag: to take them off the stack costs more than all the rest.
+            with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.no_grad():
+                pairs = [self._of(t, is_former=id(t) in stale) for t in _tensors(values, 4)]
+                return [pair for pair in pairs if pair is not None]
+        except Exception as error:
+            self._ledger.failed("finite values", error)
+            return []
+
+    def _of(self, tensor: Tensor, is_former: bool) -> Extremes | None:
+        version = -1 if tensor.is_inference() else tensor._version
+        found = self._seen.get(id(tensor))
+        if found is not None and found[0]() is tensor and (is_former or found[1] == version):
+            return found[2]
+        part = local(tensor)
+        if not _is_readable(part):
+            return None
+        pair = extremes(part)
+        self._seen[id(tensor)] = weakref.ref(tensor), version, pair
+        return pair
+
+
+def observable(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The modules below the first that a hook may be put on without changing what runs.
+
+    A hook in nn.TransformerEncoderLayer or nn.MultiheadAttention switches off their C++ fast path
+    (eval), one in a compiled module is never called, one on a scripted module is refused.
+    """
+    fast = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+    root, *modules = modules
+    hidden: set[nn.Module] = set()
+    for module in (root, *modules):
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        fast_now = isinstance(module, fast) and not module.training
+        if scripted or fast_now or is_compiled(module):
+            hidden.update(module.modules())
+    return (module for module in modules if module not in hidden)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of `module` itself are compiled."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
+def _tensors(values: Any, depth: int) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif depth:
+        if isinstance(values, Mapping):
+            values = list(values.values())
+        elif dataclasses.is_dataclass(values) and not isinstance(values, type):
+            values = list(vars(values).values())
+        for value in values if isinstance(values, list | tuple) else ():
+            yield from _tensors(value, depth - 1)
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    return (
+        tensor.dtype in _DTYPES
+        and type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout is torch.strided
+        and not (tensor.is_meta or tensor.is_nested)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and tensor.untyped_storage().size() > 0
+        and tensor.numel() > 0
+    )

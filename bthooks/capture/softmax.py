@@ -1,0 +1,281 @@
+"""Provenance: which tensors of one forward are attention scores or weights.
+
+In: each operator with its arguments and its output. Out: the attention maps of explicit softmaxes.
+
+Scores are a product of two activations. They stay scores through element-wise and view operators
+and through a product with a parameter over the heads (talking heads). The softmax over their last
+dimension makes weights, and weights that enter a product with an activation are an attention map.
+So a router, a codebook or a vocabulary is none: the one factor is a parameter, or made of
+parameters (Bayesian layers, adapters, weight norms), or the softmax enters no product.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
+
+from ..measure.attention import sums_of_scores, sums_of_weights
+from ..torch_private import without_modes
+from .operators import CONVOLUTIONS, FILLING, LOG_SOFTMAX, SOFTMAX, Role
+from .operators import role as role_of
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """A parameter, or what is made of parameters and constants alone."""
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A buffer, noise, a range, a product of parameters: with a parameter of its size it is one."""
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Scores, or their logarithms of weights once a norm was taken off.
+
+    Args:
+        heads, width: the batches times heads of the product that made them, and its last size.
+        keys: the columns that are keys, where others are sinks.
+    """
+
+    heads: int
+    width: int
+    keys: slice | None = None
+    normal: bool = False
+
+
+@dataclass
+class _Weights:
+    """Weights that a softmax made: an attention map once they enter a product."""
+
+    heads: int
+    width: int
+    sums: Tensor | None
+    normal: bool
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """What makes weights of exp(scores): their sum over the keys, or its logarithm."""
+
+
+_Mark = _Parameter | _Constant | _Scores | _Weights | _Norm
+
+
+class Provenance:
+    """The marks of one forward.
+
+    Args:
+        parameters: a product with one of these, or with what is made of them, makes no scores.
+        buffers: the model's constants.
+        found: called with the sums `(heads, 15)` of each attention map.
+        rows: the query rows per map that statistics are taken from; None takes all.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        buffers: Iterable[Tensor],
+        found: Callable[[Tensor], None],
+        rows: int | None,
+    ) -> None:
+        self._found, self._rows = found, rows
+        # A weak reference to the storage, and no tensor: nothing is kept alive for the trace, and
+        # the address is not used again before the reference goes.
+        self._marks: dict[int, tuple[StorageWeakRef, _Mark]] = {}
+        for tensors, mark in ((buffers, _Constant()), (parameters, _Parameter())):
+            for tensor in tensors:
+                if not is_lazy(tensor):
+                    self._mark(tensor, mark)
+
+    def follow(self, func: Any, args: tuple[Any, ...], output: Any) -> None:
+        """Take note of the operator `func` that was called with `args`."""
+        role = role_of(func)
+        name = role.name
+        if role.product is not None:
+            self._product(args[role.product], args[role.product + 1], output)
+        elif name in CONVOLUTIONS:
+            mark, shape = self._of(args[0]), args[0].shape
+            if isinstance(mark, _Scores | _Weights) and shape[-1] == mark.width:
+                self._mark(output, mark)  # over the heads, as images have channels
+        elif name in SOFTMAX | LOG_SOFTMAX:
+            self._softmax(args[0], args[1], output, logarithm=name in LOG_SOFTMAX)
+        elif name in ("exp", "exp_") and isinstance(mark := self._of(args[0]), _Scores):
+            # A softmax that is written out, once its norm is seen.
+            sums = self._sums_of_weights(output) if mark.normal else None
+            self._mark(output, _Weights(mark.heads, mark.width, sums, mark.normal))
+        elif name == "copy_" and isinstance(self._of(args[0]), _Scores) and _is_whole(args[0]):
+            self._mark(args[0], self._of(args[1]))  # a buffer that is used again
+        elif name in ("logsumexp", "sum") and self._is_norm(name, args):
+            self._mark(output, _Norm())
+        else:
+            self._carry(role, args, output)
+            if name == "cat":
+                self._cat(*args, output=output)
+
+    def _product(self, a: Tensor, b: Tensor, output: Tensor) -> None:
+        marks = self._of(a), self._of(b)
+        weights = next((mark for mark in marks if isinstance(mark, _Weights)), None)
+        scores = next((mark for mark in marks if isinstance(mark, _Scores)), None)
+        by_parameter = any(isinstance(mark, _Parameter) for mark in marks)
+        # Two batches of constants are attention among learnt queries, as of an object detector.
+        known = all(isinstance(mark, _Parameter | _Constant) for mark in marks)
+        if known and (by_parameter or output.dim() == 2):
+            self._mark(output, _Constant())
+        elif by_parameter:
+            # A sum over the heads changes nothing. One over features ends what was attention; those
+            # of a linear attention, q @ state, are its heads times the last size of that product.
+            kept, width = weights or scores, a.shape[-1]
+            if kept is not None and kept.heads % width == 0 and width % kept.width:
+                self._mark(output, kept)
+        elif weights is None:
+            heads, width = (1, 1) if output.is_nested else _extent(output)
+            self._mark(output, _Scores(heads, width))
+        elif weights.normal:
+            self._seen(weights)
+
+    def _softmax(self, scores: Tensor, dim: int, output: Tensor, *, logarithm: bool) -> None:
+        mark = self._of(scores)
+        if not isinstance(mark, _Scores) or not _is_last(dim, scores):
+            return
+        if logarithm:
+            self._mark(output, replace(mark, normal=True))
+        else:
+            overwritten = output.data_ptr() == scores.data_ptr()  # softmax(..., out=scores)
+            sums = self._sums_of_weights(output) if overwritten else self._sums(scores, mark)
+            self._mark(output, _Weights(mark.heads, mark.width, sums, normal=True))
+
+    def _sums(self, scores: Tensor, mark: _Scores) -> Tensor:
+        with without_modes():
+            return sums_of_scores(scores.detach(), keys=mark.keys, rows=self._rows)
+
+    def _sums_of_weights(self, weights: Tensor) -> Tensor | None:
+        if not _is_last(-1, weights):
+            return None
+        with without_modes():
+            return sums_of_weights(weights.detach(), rows=self._rows)
+
+    def _is_norm(self, name: str, args: tuple[Any, ...]) -> bool:
+        mark = self._of(args[0])
+        raised = isinstance(mark, _Weights) if name == "sum" else isinstance(mark, _Scores)
+        return raised and len(args) > 1 and _is_last(args[1], args[0])
+
+    def _seen(self, weights: _Weights) -> None:
+        if weights.sums is not None:
+            sums, weights.sums = weights.sums, None
+            self._found(sums)
+
+    def _cat(self, tensors: Sequence[Tensor], dim: int = 0, *, output: Tensor) -> None:
+        """Sinks are scores that were learnt, put beside those of the keys (GPT-OSS)."""
+        marks = [self._of(tensor) for tensor in tensors]
+        scores = [mark for mark in marks if isinstance(mark, _Scores)]
+        if len(tensors) == 2 and len(scores) == 1 and _is_last(dim, output):
+            at, width = marks.index(scores[0]), tensors[0].shape[-1]
+            keys = slice(width, None) if at else slice(0, width)
+            self._mark(output, replace(scores[0], keys=keys))
+
+    def _carry(self, role: Role, args: tuple[Any, ...], output: Any) -> None:
+        tensors: list[Tensor] = []
+        for a in args:
+            if isinstance(a, Tensor):
+                tensors.append(a)
+            elif isinstance(a, list | tuple):
+                tensors += [t for t in a if isinstance(t, Tensor)]
+        marks = [self._of(tensor) for tensor in tensors]
+        if tensors and not any(marks) and role.name not in FILLING:
+            return
+        outputs = output if isinstance(output, list | tuple) else [output]
+        outputs = [o for o in outputs if isinstance(o, Tensor) and o.is_floating_point()]
+        if not outputs:
+            return
+        kept: _Mark | None = None
+        for tensor, mark in zip(tensors, marks, strict=True):
+            if isinstance(mark, _Weights):
+                same = role.keeps or tensor.numel() == outputs[0].numel()  # a norm, say
+                kept = mark if same else None
+                break
+            if isinstance(mark, _Scores | _Norm) and role.keeps and not isinstance(kept, _Scores):
+                kept = mark
+        if isinstance(kept, _Weights) and kept.width == 1 and role.name == "mul":
+            self._seen(kept)  # the product with the value of the only key
+        if any(isinstance(mark, _Norm) for mark in marks):
+            if isinstance(kept, _Scores):
+                kept = replace(kept, normal=True)
+            elif isinstance(kept, _Weights):  # whatever was masked since
+                kept = replace(kept, sums=self._sums_of_weights(outputs[0]), normal=True)
+        if kept is not None:
+            self._mark(outputs[0], kept)
+        elif not any(tensor.is_nested for tensor in (*tensors, *outputs)):
+            self._settle(role, tensors, marks, outputs)
+
+    def _settle(
+        self,
+        role: Role,
+        tensors: Sequence[Tensor],
+        marks: Sequence[_Mark | None],
+        outputs: Sequence[Tensor],
+    ) -> None:
+        """Mark what is made of parameters and constants alone, by whatever operator."""
+        filled = role.name in FILLING
+        known = filled or all(
+            isinstance(mark, _Parameter | _Constant) or tensor.numel() == 1
+            for tensor, mark in zip(tensors, marks, strict=True)
+        )
+        if not (known or role.mutates):
+            return
+        for output in outputs:
+            before = self._of(output)
+            if known and before is None and (filled or not tensors or any(marks)):
+                whole = (
+                    isinstance(mark, _Parameter) and tensor.numel() == output.numel()
+                    for tensor, mark in zip(tensors, marks, strict=True)
+                )
+                self._mark(output, _Parameter() if any(whole) else _Constant())
+            elif isinstance(before, _Constant) and role.mutates and not known:
+                self._mark(output, None)
+
+    def _of(self, tensor: Tensor) -> _Mark | None:
+        storage = _storage(tensor)
+        found = None if storage is None else self._marks.get(storage._cdata)
+        return None if found is None else found[1]
+
+    def _mark(self, tensor: Tensor, mark: _Mark | None) -> None:
+        storage = _storage(tensor)
+        if storage is None:
+            return
+        if mark is None:
+            self._marks.pop(storage._cdata, None)
+        else:
+            self._marks[storage._cdata] = StorageWeakRef(storage), mark
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
+    # A parameter inside torch.func.grad or vmap is a wrapper, which the mode never sees.
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    try:
+        return tensor.untyped_storage()
+    except RuntimeError:  # a sparse tensor has none
+        return None
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The batches times heads of a product, and its last size."""
+    return tensor.shape[:-2].numel(), tensor.shape[-1] if tensor.dim() else 1
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether it is all that its storage holds."""
+    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+
+
+def _is_last(dim: int | Sequence[int] | None, tensor: Tensor) -> bool:
+    dims = [dim] if isinstance(dim, int) else dim or ()
+    return bool(tensor.dim() > 1 and tensor.numel()) and [d % tensor.dim() for d in dims] == [
+        tensor.dim() - 1
+    ]

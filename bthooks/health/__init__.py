@@ -1,0 +1,1 @@
+"""Judges: numbers on the host in, findings and alerts out."""

@@ -1,0 +1,94 @@
+"""Scaling: the loss scaler that an optimizer steps under, and the steps that it skipped.
+
+In: the Python stack of an optimizer's step; the scaler's state, once it is on the host.
+Out: its scale on the device; how many optimizer steps it has skipped so far.
+"""
+
+import gc
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from ..torch_private import frames
+
+
+class Scaling(NamedTuple):
+    """The state of a scaler at one optimizer step.
+
+    Args:
+        state: `(3,)`: scale, clean steps since it grew or shrank, and whether this step overflowed.
+        steps: the optimizer steps before this one.
+        initial, growth, backoff, interval: as `torch.amp.GradScaler` has them.
+    """
+
+    state: Tensor
+    steps: int
+    initial: float
+    growth: float
+    backoff: float
+    interval: int
+
+
+def find_scaler() -> GradScaler | None:
+    """The scaler that called the optimizer whose step runs in this thread."""
+    for frame in frames():
+        # Of no other frame: f_locals keeps a frame's objects alive as long as the frame lives.
+        if frame.f_code.co_name in ("step", "_maybe_opt_step"):
+            scaler = frame.f_locals.get("self")
+            if isinstance(scaler, GradScaler) and scaler.is_enabled() and scaler._scale is not None:
+                return scaler
+    return None
+
+
+def is_any_scaler() -> bool:
+    """Whether a scaler exists anywhere in the process."""
+    return any(
+        issubclass(type(found), GradScaler) and found.is_enabled() for found in gc.get_objects()
+    )
+
+
+@torch.no_grad()
+def scaling(scaler: GradScaler, optimizer: Optimizer, steps: int) -> Scaling:
+    """The state of `scaler`, copied on its device: it changes in place."""
+    scale: Any = scaler._scale
+    tracker: Any = scaler._growth_tracker
+    overflow = getattr(optimizer, "found_inf", None)  # a fused optimizer has it during its step
+    overflow = torch.zeros_like(scale) if overflow is None else overflow.to(scale.device)
+    state = torch.stack([scale.float(), tracker.float(), overflow.float().reshape(())])
+    return Scaling(
+        state,
+        steps,
+        scaler._init_scale,
+        scaler.get_growth_factor(),
+        scaler.get_backoff_factor(),
+        scaler.get_growth_interval(),
+    )
+
+
+class Skips:
+    """Counts the steps that a scaler skipped, by what its scale did between two looks at it.
+
+    A skipped step leaves no other trace: the optimizer is not called. Its scale shrinks, and the
+    count of clean steps begins again.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._last: tuple[float, float, int] | None = None  # scale, clean steps, steps
+
+    def look(self, at: Scaling, scale: float, clean: float) -> int:
+        """The steps skipped so far, of a scaler with `scale` and `clean` steps at `at`."""
+        first = self._last is None
+        former, clean_before, steps = self._last or (at.initial, 0.0, 0)
+        self._last = scale, clean, at.steps
+        if scale < former:
+            self.count += round(math.log(scale / former) / math.log(at.backoff))
+        elif not first:
+            grown = round(math.log(scale / former) / math.log(at.growth))
+            # Else it shrank once and grew again.
+            self.count += clean != clean_before + at.steps - steps - grown * at.interval
+        return self.count

@@ -1,0 +1,410 @@
+import importlib.util
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import bthooks
+from bthooks import Thresholds, attach
+from bthooks.__main__ import main
+from bthooks.health.alerts import Health
+from bthooks.health.conditions import Figures
+
+from ..conftest import read
+from ..models import Transformer, batch
+
+spec = importlib.util.spec_from_file_location(
+    "broken_runs", Path(__file__).parents[2] / "examples" / "broken_runs.py"
+)
+broken_runs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(broken_runs)
+
+TOLD = {
+    "healthy": {},
+    "rate": {"exploding_gradients": "norm"},
+    "no_warmup": {"attention_logits": "blocks.0.attention"},
+    "saturated": {"attention_collapse": "blocks.1.attention"},
+    "depth": {"vanishing_gradients": "layers.0.0"},
+    "nan": {"nonfinite": "blocks.2.mlp"},
+    "root": {"nonfinite_gradients": "blocks.2.mlp.inner.2.bias"},
+    "normalized": {"collapsed_gradients": "root"},
+    "dead": {"dead_activations": "blocks.0.mlp.1"},
+    "schedule": {"learning_rate": "learning_rate/0"},
+    "confident": {"miscalibration": "val/calibration/ece"},
+}
+BEGAN = {"nan": 30, "root": 30}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_broken_run_says_what_is_wrong_with_it(name, tmp_path, capsys):
+    assert set(broken_runs.NAMES) == set(TOLD)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        alerts = broken_runs.main([name, "--log-dir", str(tmp_path)])[name]
+    found = {alert.condition: alert for alert in alerts}
+    assert len(found) == len(alerts)
+    assert {c: found[c].where for c in TOLD[name]} == TOLD[name]
+    said = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+    assert said == [f"bthooks: {alert._replace(cleared=None)}" for alert in alerts]
+    assert capsys.readouterr().out.count("step") == len(alerts)
+    run = read(tmp_path)
+    if not TOLD[name]:
+        assert not alerts
+        assert not run.texts
+        return
+    ((condition, _),) = TOLD[name].items()
+    alert = found[condition]
+    prefix = "val/" if condition == "miscalibration" else ""
+    texts = dict(run.texts[f"{prefix}health/alerts/text_summary"])
+    assert str(alert._replace(cleared=None)) in texts[alert.step]
+    assert run.value(f"{prefix}health/{condition}", alert.step) > 0
+    points = [value for _, value in run.scalars[f"{prefix}health/{condition}"]]
+    before = points.index(next(filter(None, points)))  # where it was first seen
+    begun = [step for step, _ in run.scalars[f"{prefix}health/{condition}"]].index(alert.step)
+    assert begun - before <= 3
+    assert alert.step >= BEGAN.get(name, 0)
+
+
+def scalars(**values):
+    """Scalars of which the tags are written with __ for /."""
+    return {tag.replace("__", "/"): value for tag, value in values.items()}
+
+
+def checked(figures, thresholds=Thresholds(), step=10):  # noqa: B008
+    """The alerts begun after each of the figures."""
+    health = Health(thresholds)
+    return [[str(a) for a in health.check(f, step * at).begun] for at, f in enumerate(figures)]
+
+
+def layers(*norms):
+    return {f"gradients/layer_mean/l{at}": norm for at, norm in enumerate(norms)}
+
+
+def total(before, after=1.0):
+    norms = {"gradients/total_norm": after, "gradients/total_norm_before_clip": before}
+    return Figures(layers(0.1, 0.2) | norms)
+
+
+def rates(*values):
+    return [Figures({"learning_rate/0": value}) for value in values]
+
+
+def heads(*found):
+    """Entropy, keys and the weight on a neighbour, of each head."""
+    return Figures({}, heads={"a": found})
+
+
+HEALTHY = {
+    "nothing": [Figures({})] * 4,
+    "one check": [total(1), total(11), total(1), total(11), total(1)],
+    "no gradient at first": [Figures(layers(1, 0)), Figures(layers(1, 1e-3))],
+    "an idle expert": [Figures(layers(1, float(at % 9 == 0))) for at in range(40)],
+    "a frozen group": [Figures({"learning_rate/0": 1.0, "learning_rate/1": 0.0})] * 9,
+    "few samples": [Figures({"calibration/ece": 0.25, "calibration/gap": 0.1}, chance=0.2)] * 3,
+    "few keys": [heads((0.0, 3.0, 0.0))] * 3,
+    "no key": [heads((math.nan, math.nan, math.nan))] * 3,
+    "previous token": [heads((0.02, 30.0, 0.98))] * 3,
+    "warm-up": rates(*(1e-8 * 2**at for at in range(30))),
+    "cosine": rates(*(1 + math.cos(math.pi * at / 20) for at in range(20)), 0.0),
+    "warm restart": rates(1.0, 0.1, 0.01, 0.001, 1e-4, 1e-5, 1e-6, 1.0, 0.1, 0.01),
+    "large from the first": [Figures({"attention/max_logit/a": 300.0})] * 4,
+    "three layers of one norm": [Figures(layers(1, 1, 1))] * 4,
+    "falling loss": [Figures(layers(10.0**-at, 2 * 10.0**-at) | {"gradients/total_norm": 1.0})
+                     for at in range(9)],
+    "off": [total(math.inf), total(1e30), total(1e30)],
+}  # fmt: skip
+ILL = {
+    "total": ([total(11)] * 2, "exploding_gradients: l1: step 10: the norm of all"),
+    "layer": (
+        [Figures(layers(1, n) | {"gradients/total_norm": 1.0}) for n in [1] * 9 + [20] * 2],
+        "exploding_gradients: l1: step 100: its gradient norm is 10 ** 1.3 times",
+    ),
+    "clipped layer": (
+        [total(*norms) for norms in [(0.5, 0.5)] * 9 + [(6.0, 0.5)] * 2],
+        "exploding_gradients: l0: step 100: its gradient norm is 10 ** 1.0 times",
+    ),
+    "vanishing": ([Figures(layers(1e-6, 1, 0.3))] * 2, "vanishing_gradients: l0: step 10: its"),
+    "no gradient any more": (
+        [Figures(layers(float(at < 3), 1)) for at in range(14)],
+        "vanishing_gradients: l0: step 130: its mean gradient norm is 0.0e+00",
+    ),
+    "none at all": ([Figures(layers(0, 0))] * 2, "vanishing_gradients: l0: step 10: its mean"),
+    "collapsed": ([Figures(layers(1, 1, 1.001, 1))] * 2, "collapsed_gradients: root: step 10"),
+    "head": (
+        [heads((1.0, 9.0, 0.2), (0.05, 9.0, 0.89))] * 2,
+        "attention_collapse: a: step 10: head 1: its",
+    ),
+    "logit": (
+        [Figures({"attention/max_logit/a": logit}) for logit in (5.0, 101.0, 120.0)],
+        "attention_logits: a: step 20: its largest score is 120",
+    ),
+    "rate at 0": (rates(1.0, 0.5, 0.0, 0.0), "learning_rate: learning_rate/0: step 30: 0 while"),
+    "jump": (rates(*[1.0] * 8, 10.0, 10.0), "learning_rate: learning_rate/0: step 90: 10, "),
+    "endless warm-up": (
+        rates(*(0.01 * at for at in range(1, 1003))),
+        "learning_rate: learning_rate/0: step 10010: has risen for all 10010 steps",
+    ),
+    "dead": ([Figures({}, activations={"relu": (0.0, 0.0)})] * 2, "dead_activations: relu: step"),
+    "calibration": (
+        [Figures({"calibration/ece": 0.2, "calibration/gap": -0.1})] * 2,
+        "miscalibration: calibration/ece: step 10: the expected calibration error is 0.2: under",
+    ),
+    "gradient": ([Figures({"gradients/norm/w": math.nan})], "nonfinite_gradients: w: step 0: its"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_what_is_healthy(name):
+    thresholds = Thresholds(exploding=math.inf) if name == "off" else Thresholds()
+    assert not any(checked(HEALTHY[name], thresholds))
+
+
+@pytest.mark.parametrize("name", ILL)
+def test_what_is_ill(name):
+    figures, said = ILL[name]
+    *before, last = checked(figures)
+    assert not any(before)
+    (alert,) = last
+    assert alert.startswith(said)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([0.0, 4.0, 7.0, 11.0, 1e9]), max_size=45), st.integers(1, 4))
+def test_episodes_begin_and_end_in_turn(totals, checks):
+    health, told = Health(Thresholds(checks=checks, decades=math.inf)), []
+    for step, norm in enumerate(totals):
+        _, begun, cleared = health.check(total(norm), step)
+        told += [("begun", step)] * len(begun) + [("cleared", step)] * len(cleared)
+        assert health.lasts("exploding_gradients") == (len(told) % 2 == 1)
+    expected, now = [], "cleared"
+    for step in range(len(totals)):
+        since = totals[expected[-1][1] + 1 if expected else 0 : step + 1]
+        if len(since) < checks:
+            continue
+        latest, longer = since[-checks:], since[-10 * checks :]
+        over, under = all(n > 10 for n in latest), all(n <= 5 for n in latest)
+        under |= len(longer) == 10 * checks and all(n < 10 for n in longer)
+        if over if now == "cleared" else under:
+            now = "begun" if over else "cleared"
+            expected.append((now, step))
+    assert told == expected
+
+
+def test_an_overflow_of_the_loss_scale_is_no_alarm(tmp_path):
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=1000)
+    with attach(model, tmp_path, every=1, thresholds=Thresholds(decades=math.inf)) as handle:
+        for _ in range(20):
+            optimizer.zero_grad()
+            scaler.scale(100 * model(torch.ones(4, 8)).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert handle.alerts == ()
+    skipped = [value for _, value in read(tmp_path).scalars["gradients/skipped_steps"]]
+    assert skipped[-1] > 0
+
+
+@pytest.mark.parametrize("schedule", ["by epochs", "ten times the base"])
+def test_a_scheduler_may_jump_to_its_base(schedule):
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=5)
+    with attach(model, None, every=1, capture=["learning_rate"]) as handle:
+        for step in range(40):
+            model(torch.ones(1, 4)).sum().backward()
+            optimizer.step()
+            if step % 5 == 4:
+                scheduler.step()
+            if step >= 35 and schedule != "by epochs":
+                optimizer.param_groups[0]["lr"] = 1e-5
+        with warnings.catch_warnings(record=True):
+            handle.flush()
+        assert [alert.step for alert in handle.alerts] == [37] * (schedule != "by epochs")
+
+
+def test_what_training_tells_is_not_told_again_of_validation(tmp_path):
+    model = Transformer()
+    for block in model.blocks:
+        block.attention.qkv.weight.data[:16] *= 1e3
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+    quiet = Thresholds(vanishing=0, exploding=math.inf, collapsed=0)
+
+    def train():
+        for step in range(4):
+            model.train()(batch(step)[0])["logits"].sum().backward()
+            optimizer.step()
+            model.eval()(batch(step)[0])
+        handle.detach()
+
+    handle = attach(model, tmp_path, every=1, thresholds=quiet)
+    with pytest.warns(RuntimeWarning, match="attention_collapse") as caught:
+        train()
+    assert len(caught) == 1
+    ((alert,),) = (handle.alerts,)
+    assert (alert.step, alert.cleared) == (1, None)
+    run = read(tmp_path)
+    assert run.texts.keys() == {"health/alerts/text_summary"}
+    assert run.value("val/health/attention_collapse", 3) > 0
+
+
+def test_a_flush_in_the_middle_of_a_step_is_no_second_check(tmp_path):
+    model = nn.Linear(4, 4)
+    with attach(model, tmp_path, every=1) as handle:
+        optimizers = [torch.optim.SGD([p], 1e-9) for p in model.parameters()]
+        (model(torch.ones(1, 4)).sum() * 100).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            handle.flush()
+        assert handle.alerts == ()
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "message"),
+    [
+        ({"exploding": 3}, r"thresholds is a bthooks.Thresholds\(...\), got \{"),
+        (Thresholds(exploding="10"), "exploding='10': expected a number"),
+        (Thresholds(logit=0), "logit=0: expected more than 0; math.inf switches"),
+        (Thresholds(decades=math.nan), "decades=nan: expected more than 0"),
+        (Thresholds(entropy=-0.1), "entropy=-0.1: expected 0 or more"),
+        (Thresholds(checks=0), "checks=0: expected a whole number from 1"),
+    ],
+)
+def test_thresholds_are_checked(thresholds, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        attach(nn.Linear(1, 1), None, thresholds=thresholds)
+
+
+def test_every_judgement_can_be_switched_off():
+    least = {"vanishing": 0, "collapsed": 0.0, "entropy": 0}
+    rest = Thresholds._fields[1:]
+    off = Thresholds(**{name: least.get(name, math.inf) for name in rest})
+    equal = layers(1e9, 1e9, 1e9, 1e9) | {"gradients/total_norm": 2e9}
+    worst = {"attention/max_logit/a": 1e30, "calibration/ece": 1.0, "calibration/gap": 1.0}
+    figures = [
+        Figures(norms | worst | {"learning_rate/0": 10.0**at}, heads={"a": [(0.0, 9.0, 0.0)]})
+        for at, norms in enumerate([equal] * 7 + [layers(1e-9, 0.0, 1.0, 1e30)] * 7)
+    ]
+    assert not any(checked(figures, off))
+    told = str(checked(figures))
+    for condition in "vanishing", "exploding", "collapsed", "attention_collapse", "miscalibration":
+        assert condition in told
+
+
+@pytest.mark.parametrize("what", ["flush", "detach"])
+def test_the_callback_may_flush_and_detach(what, tmp_path):
+    model, x = nn.Linear(4, 1), torch.ones(1, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-9)
+    told = []
+
+    def callback(alert):
+        told.append(alert)
+        getattr(handle, what)()
+
+    handle = attach(model, tmp_path, every=1, on_alert=callback, on_error="raise")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(6):
+            optimizer.zero_grad()
+            (model(x).sum() * 100).backward()
+            optimizer.step()
+        handle.detach()
+    assert len(caught) == len(told) == 1
+    steps = [step for step, _ in read(tmp_path).scalars["gradients/total_norm"]]
+    assert steps == list(range(6 if what == "flush" else len(steps)))
+    assert told[0].step in steps
+
+
+def test_thresholds_are_used():
+    model, x = nn.Linear(4, 1), torch.ones(1, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-9)
+    told = []
+    strict = Thresholds(checks=1, exploding=0.5)
+    handle = attach(model, None, every=1, thresholds=strict, on_alert=told.append)
+    F.mse_loss(model(x), torch.ones(1, 1) * 9).backward()
+    optimizer.step()
+    with pytest.warns(RuntimeWarning, match="exploding_gradients"):
+        handle.detach()
+    assert list(handle.alerts) == told
+    assert [alert.step for alert in told] == [0]
+
+
+def test_an_alert_that_lasts_is_resumed(tmp_path, capsys):
+    """It is not told again, and it ends: the report of a run that was mended has none open."""
+    model, x = nn.Linear(4, 1), torch.ones(1, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-9)
+
+    def train(handle, scale):
+        for _ in range(4):
+            optimizer.zero_grad()
+            (model(x).sum() * scale).backward()
+            optimizer.step()
+        handle.flush()
+        return handle.state_dict()
+
+    with (
+        attach(model, tmp_path, every=1) as handle,
+        pytest.warns(RuntimeWarning, match="exploding_gradients"),
+    ):
+        state = train(handle, 100)
+    assert main([str(tmp_path), "--report"]) == 1
+    writer = bthooks.make_writer(tmp_path.parent, tmp_path.name, purge_step=4)
+    with writer, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with attach(model, writer, every=1, on_error="raise") as again:
+            again.load_state_dict(state)
+            state = train(again, 100)
+            assert again.alerts == handle.alerts
+            again.load_state_dict(state)
+            assert train(again, 0.1)["alerts"] == []
+    assert [alert.cleared for alert in again.alerts] == [9]
+    assert main([str(tmp_path), "--report"]) == 0
+    assert "over  exploding_gradients" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [16, 32, 128, 1000])
+def test_a_perfect_model_is_no_miscalibrated_one_however_few_it_is_asked(size, tmp_path):
+
+    def evaluate(sharpness, steps):
+        for step in steps:
+            logits = torch.randn(size, 5) * 2
+            targets = logits.softmax(-1).multinomial(1)[:, 0]
+            p = (logits * sharpness).softmax(-1)
+            bthooks.log_calibration(writer, p, targets, step, prefix="val")
+
+    model = nn.Linear(1, 1)
+    with (
+        bthooks.make_writer(tmp_path, "run") as writer,
+        attach(model, writer, prefix="a") as handle,
+        attach(nn.Linear(1, 1), writer, prefix="b") as other,
+    ):
+        evaluate(1, range(20))
+        assert handle.alerts == ()
+        with pytest.warns(RuntimeWarning, match="miscalibration: val/calibration/ece") as caught:
+            evaluate(8, range(20, 40))
+        assert len(caught) == len(handle.alerts) + len(other.alerts) == 1
+
+
+def test_calibration_is_judged_by_the_attachment_of_that_writer(tmp_path):
+    p, wrong = torch.eye(3)[[0, 1, 2]], torch.tensor([1, 2, 0])
+    model = nn.Linear(1, 1)
+
+    def evaluate():
+        for step in range(1, 7):
+            bthooks.log_calibration(writer, p, wrong if step < 4 else torch.arange(3), step)
+
+    with bthooks.make_writer(tmp_path, "run") as writer:
+        bthooks.log_calibration(writer, p, wrong, 0)
+        with attach(model, writer) as handle, pytest.warns(RuntimeWarning) as caught:
+            evaluate()
+    assert len(caught) == 1
+    ((alert,),) = (handle.alerts,)
+    assert (alert.condition, alert.step, alert.cleared) == ("miscalibration", 2, 5)
+    points = read(tmp_path).scalars["health/miscalibration"]
+    assert points == [(1, 1), (2, 1), (3, 1), (4, 0), (5, 0), (6, 0)]

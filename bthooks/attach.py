@@ -11,12 +11,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .handle import KINDS, ON_REQUEST, Handle, attachments
-from .health.alerts import Alert
+from .capture.wanted import KINDS, ON_REQUEST, Wanted
+from .handle import Handle, attached_to
+from .health.alerts import Alert, Alerts
 from .health.conditions import Thresholds
-from .names import Selector, globs, selector, tag
-from .record.writers import Writer, check_backend
-from .steps import Cadence
+from .names import Selector, globs, selector
+from .record.backend import is_main_rank
+from .record.recorder import Recorder
+from .record.writers import Writer, check_backend, open_writer
+from .report import Ledger
+from .schedule import Cadence, Schedule
+from .wiring import Wiring
 
 
 def attach(
@@ -123,14 +128,15 @@ def attach(
             "attach: writer is an object with SummaryWriter's methods, a path or None, got "
             f"{type(writer).__name__}"
         )
-    kinds = None if capture is None else _checked_kinds(capture)
-    selected = selector(include)
-    for former in attachments():
-        former.sweep()
-        same = former.target is target or former.target == target
-        if not same or tag(former.prefix) != tag(prefix):
-            continue
-        if former.is_of(model):
+    wanted = Wanted(
+        KINDS if capture is None else _checked_kinds(capture),
+        by_name=capture is not None,
+        selected=selector(include),
+        globs=globs(include),
+        rows=attention_rows,
+    )
+    for former, its_model in attached_to(target, prefix):
+        if its_model is model:
             warnings.warn(
                 "bthooks.attach: this model was attached to this writer already: this attachment "
                 f"replaces the former, which ends before step {former.step}",
@@ -143,21 +149,18 @@ def attach(
                 'same tags; give each a prefix="..." of its own',
                 stacklevel=2,
             )
-    return Handle(
-        model,
-        target,
-        backend=backend,
-        prefix=prefix,
-        capture=kinds,
-        selected=selected,
-        globs=globs(include),
-        rows=attention_rows,
-        cadences=(every, histograms_every),
-        step=step,
-        thresholds=thresholds,
-        on_alert=on_alert,
-        strict=on_error == "raise",
+    ledger = Ledger(strict=on_error == "raise")
+    schedule = Schedule(step, (every, histograms_every), ledger.failed)
+    owns_writer = isinstance(target, Path) and is_main_rank()
+    opened = open_writer(target, backend) if owns_writer else None
+    recorder = Recorder(
+        opened if isinstance(target, Path) else target,
+        prefix,
+        Alerts(thresholds, on_alert, ledger),
+        ledger,
     )
+    wiring = Wiring(model, wanted, schedule, recorder, ledger)
+    return Handle(model, wiring, target, owns_writer=owns_writer)
 
 
 def _is_whole(value: Any, least: int) -> bool:

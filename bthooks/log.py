@@ -4,7 +4,6 @@ In: a writer, what is to be measured and its step. Out: one event at that step.
 No cadence and no state: the caller decides when. Bad input is refused at the call.
 """
 
-import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -22,8 +21,6 @@ from .checks import (
     checked_values,
     checked_weights,
 )
-from .handle import attachments
-from .health.conditions import Figures
 from .measure.attention import sums_of_weights
 from .measure.calibration import (
     calibration_bins,
@@ -32,21 +29,24 @@ from .measure.calibration import (
     error_by_chance,
     ranking_stats,
 )
+from .measure.figures import Figures, figures_of
 from .measure.gradients import gradient_norms
 from .measure.histograms import histogram
 from .measure.readings import (
+    Drawn,
     Readings,
-    compose,
     learning_rates,
     parameter_histograms,
-    read,
     uncertainties,
 )
 from .measure.sharded import is_sharded
 from .names import parameter_names, tag
+from .record.backend import write, write_hparams
+from .record.event import Event, event_of, prefixed
 from .record.images import reliability_diagram
-from .record.transfer import Transfer
-from .record.writers import Event, Writer, prefixed, write, write_hparams
+from .record.recorder import recorder_of
+from .record.transfer import Transfer, read
+from .record.writers import Writer
 
 
 def log_metrics(
@@ -68,7 +68,7 @@ def log_metrics(
     if not isinstance(metrics, Mapping):
         raise TypeError(f"log_metrics: metrics are a dict of numbers, got {type(metrics).__name__}")
     scalars = {name: checked_number("log_metrics", name, value) for name, value in metrics.items()}
-    _record(writer, Readings(scalars), step, prefix)
+    _record(writer, Readings(metrics=scalars), step, prefix)
 
 
 def log_learning_rate(
@@ -88,7 +88,7 @@ def log_learning_rate(
         raise TypeError(
             f"log_learning_rate: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
         )
-    _record(writer, Readings(learning_rates(optimizer)), step, prefix)
+    _record(writer, Readings(learning_rates=learning_rates(optimizer)), step, prefix)
 
 
 def log_gradients(writer: Writer | None, model: nn.Module, step: int, *, prefix: str = "") -> None:
@@ -159,7 +159,7 @@ def log_attention_stats(
         return
     attention_weights = checked_weights(attention_weights)
     readings = Readings(attention={name: sums_of_weights(attention_weights)})
-    event = compose(read(readings))
+    event = event_of(figures_of(read(readings)))
     if attention_entropy is not None:
         entropy = torch.as_tensor(attention_entropy).double().mean().item()
         if not entropy >= 0:
@@ -277,15 +277,15 @@ def log_calibration(
         else:
             stats |= ranking_stats(unsure, p, true)
     *numbers, bins = Transfer([*stats.values(), bins]).result()
-    scalars = {f"calibration/{name}": v for name, v in zip(stats, numbers, strict=True)}
-    event = Event({tag: value for tag, value in scalars.items() if not math.isnan(value)})
+    found = dict(zip(stats, numbers, strict=True))
+    figures = Figures(calibration=found, chance=float(error_by_chance(bins)))
+    step, recorder = checked_step(step), recorder_of(writer)
+    verdict = None if recorder is None else recorder.alerts.judge(figures, step, prefix)
+    event = event_of(figures, verdict)
     event.images["calibration/reliability"] = reliability_diagram(bins)
-    for handle in attachments():
-        if handle.writer is writer:
-            figures = Figures(event.scalars, chance=float(error_by_chance(bins)))
-            handle.judge(event, figures, checked_step(step), prefix)
-            break
-    write(writer, prefixed(event, prefix), checked_step(step))
+    write(writer, prefixed(event, prefix), step)
+    if recorder is not None:
+        recorder.alerts.tell()
 
 
 def log_model_histograms(
@@ -326,7 +326,7 @@ def log_activations(
             f"log_activations: activations are a dict of tensors, got {type(activations).__name__}"
         )
     found = {
-        f"activations/{name}": histogram(checked_values("log_activations", name, values))
+        Drawn("activations", name): histogram(checked_values("log_activations", name, values))
         for name, values in activations.items()
     }
     _record(writer, Readings(histograms=found), step, prefix)
@@ -374,7 +374,7 @@ def log_hparams(
         if not isinstance(given, Mapping):
             raise TypeError(f"log_hparams: {what} are a dict, got {type(given).__name__}")
     numbers = {name: checked_number("log_hparams", name, value) for name, value in metrics.items()}
-    event = compose(read(Readings(numbers)))
+    event = event_of(figures_of(read(Readings(metrics=numbers))))
     write_hparams(
         writer,
         {str(name): checked_hparam(value) for name, value in hparams.items()},
@@ -383,4 +383,5 @@ def log_hparams(
 
 
 def _record(writer: Writer | None, readings: Readings, step: int, prefix: str) -> None:
-    write(writer, prefixed(compose(read(readings)), prefix), checked_step(step))
+    event = event_of(figures_of(read(readings)))
+    write(writer, prefixed(event, prefix), checked_step(step))

@@ -3,16 +3,8 @@
 import contextlib
 import threading
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
-
-from .measure.uncertainty import KEYS
-from .names import selector
-
-_COMPILED = (
-    "compiled, where an explicit softmax or flex_attention is fused with its neighbours and can't "
-    "be seen; F.scaled_dot_product_attention can"
-)
 
 
 class Report(NamedTuple):
@@ -49,7 +41,7 @@ class Ledger:
     def names(self, kind: str) -> Collection[str]:
         return self._captured.get(kind, {})
 
-    def say(self, site: str, why: str) -> None:
+    def warn_once(self, site: str, why: str) -> None:
         """Warn of `site`, the first time."""
         if site in self._said:
             return
@@ -70,7 +62,7 @@ class Ledger:
         """`site` could not be measured because of `error`."""
         if self._strict:
             raise error
-        self.say(site, f"not measured, {type(error).__name__}: {error}")
+        self.warn_once(site, f"not measured, {type(error).__name__}: {error}")
 
     @contextlib.contextmanager
     def guard(self, site: str) -> Iterator[None]:
@@ -85,59 +77,3 @@ class Ledger:
         """The report, with the reasons why kinds have not been seen so far."""
         captured = {kind: tuple(names) for kind, names in self._captured.items() if names}
         return Report(captured, dict(unseen) | self._said)
-
-
-def reasons(*, called: bool, stepped: bool, compiled: Sequence[str]) -> dict[str, str]:
-    """Why a kind has not been seen, by kind.
-
-    Args:
-        called: whether the model's own forward ran where a hook sees it.
-        stepped: whether an optimizer that holds a parameter of the model did.
-        compiled: the paths of the modules that are compiled.
-    """
-    forward = (
-        ""
-        if called
-        else (
-            "the forward of the attached module did not run where a hook sees it: its .forward() "
-            "was called directly, or only modules inside it were, or it was compiled after attach; "
-            "attach to the module that the loop calls, and after torch.compile to what it returns"
-        )
-    )
-    attention = "no attention was recognised in the observed forwards"
-    if compiled:
-        attention += f"; {', '.join(compiled[:4])}{', ...' * (len(compiled) > 4)}: {_COMPILED}"
-    step = "" if stepped else "no optimizer that holds a parameter of the model has stepped"
-    keys = ", ".join(key for names in KEYS.values() for key in names)
-    return {
-        "attention": forward or attention,
-        "activations": forward or "no selected module returned a tensor",
-        "uncertainty": forward or f"the output of the model has none of {keys}",
-        "gradients": step or "no selected parameter has had a gradient",
-        "learning_rate": step or "only advance() was called",
-        "histograms": step or "no parameter is selected",
-        "updates": step or "no parameter is selected",
-    }
-
-
-def fused_away(compiled: Iterable[str], seen: Iterable[str]) -> dict[str, str]:
-    """The compiled modules that no attention was seen in, while others' was."""
-    places = [f"{path.partition('/')[0]}." for path in seen]
-    return {
-        f"attention of {path}": _COMPILED
-        for path in compiled
-        if path != "root" and not any(place.startswith(f"{path}.") for place in places)
-    }
-
-
-def unattended(globs: Iterable[str], paths: Iterable[str], seen: Iterable[str]) -> dict[str, str]:
-    """The globs that select some of the module `paths`, and none of whose attention was `seen`."""
-    paths, seen = list(paths), [path.partition("/")[0] for path in seen]
-    return {
-        f"attention of {glob}": (
-            "no attention was recognised in the modules that it selects: none of them ran any, or "
-            "a module around them did"
-        )
-        for glob in globs
-        if any(map(selector(glob), paths)) and not any(map(selector(glob), seen))
-    }

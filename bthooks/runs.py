@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .record.event import alerts_in
+
 _METRIC = r"(.*/)?(train|val|eval|test)/|.*gradients/total_norm|.*calibration/ece$"
 _HEALTH, _ALERTS = r"(.*/)?health/[a-z_]+", "health/alerts/text_summary"
 _MEASURED = r".*(attention|gradients/norm|learning_rate|uncertainty|health)/|.*calibration/(?!ece$)"
@@ -30,11 +32,12 @@ def event_files(logdir: Path) -> list[Path]:
 
 
 def events(file: Path) -> Iterator[Any]:
-    """Those with values."""
+    """Those with values, and the marks that a session starts."""
     # The loader without "Legacy" makes each scalar a tensor, which takes nine times as long.
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-    return (event for event in LegacyEventFileLoader(str(file)).Load() if event.summary.value)
+    loaded = LegacyEventFileLoader(str(file)).Load()
+    return (event for event in loaded if event.summary.value or event.session_log.status)
 
 
 def runs(logdir: Path) -> Iterator["Run"]:
@@ -76,6 +79,10 @@ class _Part:
         last: dict[str, tuple[int, Any]] = {}
         for event in events(file):
             self.began, self.ended = min(self.began, event.wall_time), event.wall_time
+            if event.session_log.status:  # what comes now supersedes what was written of a step
+                last = {tag: at for tag, at in last.items() if at[0] < event.step}
+                for told in self.texts.values():
+                    told[:] = [at for at in told if at[0] < event.step]
             for value in event.summary.value:
                 is_number = value.HasField("simple_value")
                 if is_number or value.metadata.plugin_data.plugin_name == "scalars":
@@ -112,11 +119,10 @@ class Run(NamedTuple):
         found: dict[tuple[str, str], list[str]] = {}
         for tag, texts in self.texts.items():
             for _, text in texts:
-                for told in text.split("\n\n"):
-                    is_over, key = _parsed(told)
-                    if key and is_over:
+                for key, is_over, told in _told(text):
+                    if is_over:
                         found.get((tag, key), []).append(told)
-                    elif key:
+                    else:
                         found[tag, key] = [told]
         return found
 
@@ -138,8 +144,13 @@ class Run(NamedTuple):
                 yield f"         {line}"
 
 
-def _parsed(told: str) -> tuple[bool, str]:
-    """Whether an alert is over, and its condition with the place; "" if it is none."""
-    text = told.removeprefix("cleared: ")
-    found = re.match(r"([a-z_]+: .+?): step \d+", text)
-    return text != told, found[1] if found else ""
+def _told(text: str) -> Iterator[tuple[str, bool, str]]:
+    """Of each alert in a text: condition and place, whether it is over, what is said of it."""
+    if alerts := alerts_in(text):
+        for alert in alerts:
+            yield f"{alert.condition}: {alert.where}", alert.cleared is not None, str(alert)
+        return
+    for told in text.split("\n\n"):  # of 0.1.0, which wrote no fields
+        said = told.removeprefix("cleared: ")
+        if found := re.match(r"([a-z_]+: .+?): step \d+", said):
+            yield found[1], said != told, told

@@ -87,7 +87,7 @@ CALLS = {
 
 def attached(writer):
     model = Transformer()
-    kinds = (*bthooks.handle.KINDS, *bthooks.handle.ON_REQUEST)
+    kinds = (*bthooks.capture.wanted.KINDS, *bthooks.capture.wanted.ON_REQUEST)
     optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.blocks, model.head)]
     scaler = torch.amp.GradScaler("cpu")
     with bthooks.attach(model, writer, capture=kinds) as handle:

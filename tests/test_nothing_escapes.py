@@ -24,11 +24,12 @@ from torch.nn.parameter import UninitializedParameter
 
 import bthooks
 from bthooks import attach
-from bthooks.record.writers import Event, hand_over
+from bthooks.record.backend import hand_over
+from bthooks.record.event import Event
 
 from .conftest import read
 
-EVERYTHING = (*bthooks.handle.KINDS, *bthooks.handle.ON_REQUEST)
+EVERYTHING = (*bthooks.capture.wanted.KINDS, *bthooks.capture.wanted.ON_REQUEST)
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64]
 WHOLES = [torch.int8, torch.bool, torch.int64, torch.uint8]
 NUMBERS = [0.0, 1.0, -2.5, 1e-30, 1e30, float("nan"), float("inf"), -float("inf")]
@@ -202,7 +203,7 @@ def test_a_writer_that_fails_does_not_stop_training(tmp_path):
 
 @pytest.mark.parametrize("backend", ["torch", "tensorboardX"])
 def test_a_writer_that_hangs_does_not_stop_training(backend, tmp_path, monkeypatch, request):
-    monkeypatch.setattr(bthooks.backlog, "PATIENCE", 0.3)
+    monkeypatch.setattr(bthooks.record.backend, "PATIENCE", 0.3)
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     writer = bthooks.make_writer(tmp_path, "run", backend=backend)

@@ -13,7 +13,7 @@ import bthooks
 from .models import Transformer, batch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-EVERYTHING = (*bthooks.handle.KINDS, *bthooks.handle.ON_REQUEST)
+EVERYTHING = (*bthooks.capture.wanted.KINDS, *bthooks.capture.wanted.ON_REQUEST)
 
 
 def example(name):

@@ -118,7 +118,7 @@ class AttentionMode(TorchDispatchMode):
         with without_modes(), torch.autocast(first.device.type, enabled=False):
             found = self._sums(name, given, output)
         if found is None:
-            self._ledger.say(
+            self._ledger.warn_once(
                 f"attention of {func}",
                 "unsupported operator: it takes query, key and value, but what it returns is not "
                 "softmax(scale query key^T) value as far as its arguments are understood; dropout "
@@ -138,7 +138,9 @@ class AttentionMode(TorchDispatchMode):
         module = innermost(self._paths)
         if type(sums) is not Tensor:  # a fake one, or a DTensor: it would cost the whole event
             path = self._paths.get(module, "root") if module is not None else "root"
-            self._ledger.say(f"attention of {path}", f"unsupported tensors: {type(sums).__name__}")
+            self._ledger.warn_once(
+                f"attention of {path}", f"unsupported tensors: {type(sums).__name__}"
+            )
             return
         if isinstance(module, nn.TransformerEncoderLayer):
             module = module.self_attn  # whose forward the fast path does not call

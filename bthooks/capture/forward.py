@@ -1,71 +1,72 @@
-"""Window: one observed forward of the model, with everything that is put on for it.
+"""Forward: one observed forward of the model, with everything that is put on for it.
 
-In: the model, and which kinds are wanted. Out: attention sums and activations by module path, and
-the trail of what is not finite.
+Hooks and modes cost time, and a hook on a submodule can change what runs. So they are there for
+the forwards that are logged, and for no other.
 """
 
 import functools
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..measure.attention import merge
 from ..measure.histograms import Histogram, histogram
+from ..measure.readings import Drawn, Readings, uncertainties
 from ..measure.sharded import readable
+from ..measure.uncertainty import find_uncertainties
 from ..names import module_names
 from ..report import Ledger
-from ..torch_private import Hook, without_modes
+from ..torch_private import Hook, calls_on_stack, without_modes
 from .attention import AttentionMode, leave
 from .nonfinite import Trail, observable
+from .wanted import Wanted
 
 
-class Window:
-    """One observed forward of `root`: open before it, `close()` after it.
+class ObservedForward:
+    """One observed forward of `root`: open before it; close after it, then ask for its readings.
 
     Args:
-        selected: which module paths are wanted.
-        kinds: of these, "attention" and "activations" are captured here.
-        rows: the query rows per map that statistics are taken from; None takes all.
+        wanted: of its kinds, attention, activations and uncertainty are captured here.
+        scalars, histograms: whether these are due.
         ledger: told what could not be measured, and why.
     """
 
     def __init__(
-        self,
-        root: nn.Module,
-        selected: Callable[[str], bool],
-        kinds: Collection[str],
-        rows: int | None,
-        ledger: Ledger,
+        self, root: nn.Module, wanted: Wanted, *, scalars: bool, histograms: bool, ledger: Ledger
     ) -> None:
         self.thread = threading.get_ident()
-        self.activations: dict[str, Histogram] = {}
-        self._selected, self._ledger = selected, ledger
+        self._wanted, self._histograms, self._ledger = wanted, histograms, ledger
+        self._activations: dict[str, Histogram] = {}
         self._maps: dict[str, list[Tensor]] = {}
         self._averaged: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._mode: AttentionMode | None = None
         paths = module_names(root)
-        self.trail = Trail(paths, ledger)
+        self._trail = Trail(paths, ledger)
         try:
-            self._open(paths, kinds, rows)
+            self._trail.open()
+            if histograms and "activations" in wanted.kinds:
+                self._hook_activations(paths)
+            if scalars and "attention" in wanted.kinds:
+                if not calls_on_stack(root):
+                    ledger.warn_once(
+                        "attention",
+                        f"torch {torch.__version__} is unknown: it does not run modules as the "
+                        "versions before, and which of them ran a map can't be told",
+                    )
+                self._mode = AttentionMode(paths, self._map, wanted.rows, ledger)
+                self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch's, not annotated
         except BaseException:
             self.close()
             raise
 
-    def _open(
-        self, paths: Mapping[nn.Module, str], kinds: Collection[str], rows: int | None
-    ) -> None:
-        self.trail.open()
-        wanted = observable(paths) if "activations" in kinds else ()
-        for module, path in [(m, paths[m]) for m in wanted if self._selected(paths[m])]:
-            hook = Hook(self, functools.partial(self._activation, path))
-            self._handles.append(module.register_forward_hook(hook))
-        if "attention" in kinds:
-            self._mode = AttentionMode(paths, self._map, rows, self._ledger)
-            self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch's, not annotated
+    def begin(self, root: nn.Module, given: Any) -> None:
+        """Look at what the model is given."""
+        self._trail.before(root, given)
 
     def is_alive(self) -> bool:
         """Whether the thread that opened it still runs."""
@@ -77,20 +78,39 @@ class Window:
             leave(self._mode)
             self._mode.forget()
             self._mode = None
-        self.trail.close()
+        self._trail.close()
         for handle in self._handles:
             handle.remove()
 
-    def maps(self) -> dict[str, Tensor]:
-        """The sums of each map by path; a module's further maps as `<path>/1`, `<path>/2`, ..."""
-        return {
+    def readings(self, root: nn.Module, output: Any) -> Readings:
+        """What was measured, once the model has returned `output`."""
+        readings, ledger = Readings(), self._ledger
+        with ledger.guard("finite values"):
+            readings.forwards = [self._trail.ended(root, output)]
+        readings.attention = {
             f"{path}/{index}" if index else path: sums
             for path, maps in self._maps.items()
             for index, sums in enumerate(maps)
         }
+        ledger.captured("attention", readings.attention)
+        for path, found in self._activations.items():
+            readings.histograms[Drawn("activations", path)] = found
+        ledger.captured("activations", self._activations)
+        if "uncertainty" in self._wanted.kinds:
+            with ledger.guard("uncertainty"):
+                kinds = find_uncertainties(output)
+                readings.merge(uncertainties(kinds, distributions=self._histograms))
+                ledger.captured("uncertainty", kinds)
+        return readings
+
+    def _hook_activations(self, paths: Mapping[nn.Module, str]) -> None:
+        for module in observable(paths):
+            if self._wanted.selected(path := paths[module]):
+                hook = Hook(functools.partial(self._activation, path))
+                self._handles.append(module.register_forward_hook(hook))
 
     def _map(self, path: str, sums: Tensor) -> None:
-        if not self._selected(path):
+        if not self._wanted.selected(path):
             return
         maps = self._maps.setdefault(path, [])
         maps.append(sums)
@@ -101,9 +121,9 @@ class Window:
     def _activation(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
         try:
             tensor = _first_tensor(output)
-            if tensor is not None and path not in self.activations:
+            if tensor is not None and path not in self._activations:
                 with without_modes():
-                    self.activations[path] = histogram(readable(tensor))
+                    self._activations[path] = histogram(readable(tensor))
         except Exception as error:
             self._ledger.failed(f"activations of {path}", error)
 

@@ -1,6 +1,8 @@
-"""Updates: what is measured around the step of an optimizer.
+"""Gradients: what is measured at the end of a backward pass, and around an optimizer's step.
 
-In: the end of each backward pass, and the steps of the optimizers. Out: `Readings` of a number.
+A hook on a gradient sees one micro-batch, scaled and not yet reduced. What an optimizer is given
+is there at its step only, and what clipping made it of at the end of the backward pass, behind
+the reductions of DDP and FSDP2.
 """
 
 import functools
@@ -16,40 +18,35 @@ from torch.utils.hooks import RemovableHandle
 
 from ..measure.gradients import norms, ratios
 from ..measure.readings import Readings, learning_rates, parameter_histograms
-from ..measure.scaling import find_scaler, scaling
+from ..measure.scaling import scaling
 from ..measure.sharded import is_sharded, whole_norms
 from ..names import parameter_names
 from ..report import Ledger
-from ..steps import Due, held
 from ..torch_private import Hook
+from .optimizers import find_scaler, held
+from .wanted import Wanted
 
 
-class Updates:
-    """The parameters of a model and their gradients, as its optimizers step.
+class Gradients:
+    """The gradients and parameters of a model, as its optimizers step.
 
     Args:
-        selected: which parameter names are wanted.
-        kinds: which of gradients, learning_rate, histograms and updates are.
+        wanted: of its kinds, gradients, learning_rate, histograms and updates are measured here.
         ledger: told what could not be measured.
     """
 
-    def __init__(
-        self,
-        selected: Callable[[str], bool],
-        kinds: Collection[str],
-        ledger: Ledger,
-    ) -> None:
-        self._selected, self._kinds, self._ledger = selected, kinds, ledger
+    def __init__(self, wanted: Wanted, ledger: Ledger) -> None:
+        self._wanted, self._ledger = wanted, ledger
         self._watched: list[RemovableHandle] = []
         self._ids: list[int] = []  # of the parameters that are watched
         self._backward: int | None = None  # the pass whose end is waited for
-        self._unclipped: dict[str, Tensor] = {}  # gradient norms at the end of the last backward
+        self._before_clip: dict[str, Tensor] = {}  # norms at the end of the last backward pass
         self._former: dict[str, Tensor] = {}  # the parameters before an update
 
     def watch(self, root: nn.Module) -> None:
         """Measure the gradients at the end of each backward pass, until `unwatch`."""
         with self._ledger.guard("gradients before clipping"):
-            if "gradients" not in self._kinds or self._is_flattened(root):
+            if "gradients" not in self._wanted.kinds or self._is_flattened(root):
                 return
             parameters = [
                 p for p in parameter_names(root) if p.requires_grad and p.is_leaf and not is_lazy(p)
@@ -58,14 +55,14 @@ class Updates:
                 return
             self.unwatch()
             self._ids = ids
-            hook = Hook(self, functools.partial(self._accumulated, weakref.ref(root)))
+            hook = Hook(functools.partial(self._accumulated, weakref.ref(root)))
             self._watched = [p.register_post_accumulate_grad_hook(hook) for p in parameters]
 
     def unwatch(self) -> None:
         """Take off what `watch` put on, and forget what it measured."""
         for handle in self._watched:
             handle.remove()
-        self._watched, self._ids, self._unclipped, self._backward = [], [], {}, None
+        self._watched, self._ids, self._before_clip, self._backward = [], [], {}, None
 
     def _accumulated(self, root: Callable[[], nn.Module | None], parameter: Tensor) -> None:
         task = torch._C._current_graph_task_id()
@@ -82,7 +79,7 @@ class Updates:
         model = root()
         if model is not None and self._watched:
             with self._ledger.guard("gradients before clipping"):
-                self._unclipped = self._norms(self.names(model, None))
+                self._before_clip = self._norms(self.names(model, None))
 
     def remember(self, root: nn.Module, optimizer: Optimizer) -> None:
         """Keep the parameters as they are before the step of `optimizer`."""
@@ -94,50 +91,55 @@ class Updates:
         self,
         root: nn.Module,
         optimizer: Optimizer | None,
-        index: int | None,
-        due: Due,
-        readings: Readings,
         *,
-        others: Collection[Optimizer] | None,
+        readings: Readings,
+        index: int,
         steps: int,
+        scalars: bool,
+        histograms: bool,
+        others: Collection[Tensor] | None,
     ) -> None:
-        """Read what the step of `optimizer` applied.
+        """Read into `readings` what the step of `optimizer` applied.
 
         Args:
             optimizer: None for one that is no torch.optim.Optimizer.
             index: its number among several.
-            others: if it is the first of its round: it brings the parameters that none holds.
             steps: the steps done before.
+            scalars, histograms: whether these are due.
+            others: what other optimizers hold, if this is the first one of its step: it brings
+                the histograms of the parameters that none holds.
         """
-        if due.scalars and optimizer is not None:
-            self._measure_optimizer(optimizer, index or 0, readings, steps)
+        if scalars and optimizer is not None:
+            self._measure_optimizer(optimizer, index, steps, readings)
         if self._is_flattened(root):
             return
         names = self.names(root, optimizer)
-        if due.scalars:
+        if scalars:
             self._measure_norms(names, readings)
-        if due.histograms and "histograms" in self._kinds:
+        if histograms and "histograms" in self._wanted.kinds:
             with self._ledger.guard("histograms"):
-                every = names
                 if others is not None:
-                    taken = {p for other in others for p in held(other)}
-                    every = {p: n for p, n in self.names(root, None).items() if p not in taken}
-                if any(map(is_sharded, every)):
-                    self._ledger.say(
-                        "histograms", "parameters are sharded over ranks: one rank holds a part"
-                    )
-                    every = {p: name for p, name in every.items() if not is_sharded(p)}
-                for parameter, name in every.items():
-                    with self._ledger.guard(f"histogram of {name}"):
-                        readings.histograms |= parameter_histograms({parameter: name})
-                self._ledger.captured("histograms", every.values())
+                    every = self.names(root, None).items()
+                    names = {p: name for p, name in every if p not in others}
+                self._measure_histograms(names, readings)
+
+    def _measure_histograms(self, names: Mapping[nn.Parameter, str], readings: Readings) -> None:
+        if any(map(is_sharded, names)):
+            self._ledger.warn_once(
+                "histograms", "parameters are sharded over ranks: one rank holds a part"
+            )
+            names = {p: name for p, name in names.items() if not is_sharded(p)}
+        for parameter, name in names.items():
+            with self._ledger.guard(f"histogram of {name}"):
+                readings.histograms |= parameter_histograms({parameter: name})
+        self._ledger.captured("histograms", names.values())
 
     def _measure_norms(self, names: Mapping[nn.Parameter, str], readings: Readings) -> None:
         former, self._former = self._former, {}
         applied: dict[str, Tensor] = {}
         change: dict[str, Tensor] = {}
         size: dict[str, Tensor] = {}
-        if "gradients" in self._kinds:
+        if "gradients" in self._wanted.kinds:
             with self._ledger.guard("gradients"):
                 applied = self._norms(names)
         with self._ledger.guard("update ratios"):
@@ -145,28 +147,28 @@ class Updates:
             change = norms({name: p - former[name] for name, p in after.items()})
             size = norms({name: former[name] for name in after})
         own = set(names.values())
-        unclipped = {name: norm for name, norm in self._unclipped.items() if name in own}
+        before_clip = {name: norm for name, norm in self._before_clip.items() if name in own}
         # Whatever failed on this rank, and whatever it has: the others wait for it.
-        parts = [applied, unclipped] if "gradients" in self._kinds else []
-        parts += [change, size] if "updates" in self._kinds else []
+        parts = [applied, before_clip] if "gradients" in self._wanted.kinds else []
+        parts += [change, size] if "updates" in self._wanted.kinds else []
         with self._ledger.guard("norms"):
             wholes = whole_norms({name: p for p, name in names.items()}, parts)
-            if "gradients" in self._kinds:
+            if "gradients" in self._wanted.kinds:
                 readings.norms |= wholes[0]
-                readings.unclipped |= wholes[1]
+                readings.norms_before_clip |= wholes[1]
                 self._ledger.captured("gradients", applied)
-            if "updates" in self._kinds:
+            if "updates" in self._wanted.kinds:
                 found = ratios(*wholes[-2:])
-                readings.scalars |= {f"gradients/update_ratio/{n}": r for n, r in found.items()}
+                readings.update_ratios |= found
                 self._ledger.captured("updates", found)
 
     def _measure_optimizer(
-        self, optimizer: Optimizer, index: int, readings: Readings, steps: int
+        self, optimizer: Optimizer, index: int, steps: int, readings: Readings
     ) -> None:
-        if "learning_rate" in self._kinds:
+        if "learning_rate" in self._wanted.kinds:
             with self._ledger.guard("learning rate"):
                 rates = learning_rates(optimizer, index)
-                readings.scalars |= rates
+                readings.learning_rates |= rates
                 readings.base_rates |= learning_rates(optimizer, index, "initial_lr")
                 self._ledger.captured("learning_rate", rates)
         with self._ledger.guard("loss scale"):
@@ -180,7 +182,7 @@ class Updates:
             package, name = type(module).__module__, type(module).__name__
             is_fsdp1 = name == "FullyShardedDataParallel" and package.startswith("torch.")
             if is_fsdp1 or package.partition(".")[0] == "deepspeed":
-                self._ledger.say(
+                self._ledger.warn_once(
                     "gradients",
                     f"not measured under {name}: a rank holds slices of flattened parameters, of "
                     "which every norm would be partial; torch's fully_shard (FSDP2) is measured",
@@ -201,7 +203,9 @@ class Updates:
 
     def names(self, root: nn.Module, optimizer: Optimizer | None) -> dict[nn.Parameter, str]:
         """The selected parameters that `optimizer` holds; all selected ones for None."""
-        names = {p: name for p, name in parameter_names(root).items() if self._selected(name)}
+        names = {
+            p: name for p, name in parameter_names(root).items() if self._wanted.selected(name)
+        }
         if optimizer is None:
             return names
         own = held(optimizer)

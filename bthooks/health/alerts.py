@@ -1,14 +1,17 @@
-"""Alerts: what is wrong with a run, told once. Pure.
+"""Alerts: what is wrong with a run, told once.
 
-In: the figures of each number, on the host. Out: how much is in each condition, and an `Alert`
-where an episode of one begins or ends.
+A condition comes and goes from step to step. What is told are its episodes: an `Alert` where one
+begins, and the same with the step at which it was over.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from .conditions import Conditions, Figures, Finding, Thresholds, listed
+from ..measure.figures import Figures
+from ..report import Ledger
+from .conditions import Conditions, Finding, Thresholds, listed
 
 _BETTER = 10  # times as long without being well, and it is over too
 
@@ -52,6 +55,77 @@ class Verdict(NamedTuple):
     shares: dict[str, float]
     begun: list[Alert]
     cleared: list[Alert]
+
+
+class Alerts:
+    """The alerts of one attachment, of its training steps and of its validation.
+
+    Args:
+        on_alert: called with each alert.
+        ledger: warns of each.
+
+    Attributes:
+        all: what began to be wrong so far.
+    """
+
+    def __init__(
+        self,
+        thresholds: Thresholds,
+        on_alert: Callable[[Alert], object] | None,
+        ledger: Ledger,
+    ) -> None:
+        self._thresholds, self._on_alert, self._ledger = thresholds, on_alert, ledger
+        self._health: dict[str, Health] = {}  # by the prefix of the steps
+        self.all: list[Alert] = []
+        self._untold: deque[Alert] = deque()
+
+    def judge(self, figures: Figures, step: int, prefix: str = "") -> Verdict:
+        """What the figures of `step`, which go under `prefix`, amount to."""
+        verdict = Verdict({}, [], [])
+        with self._ledger.guard("health"):
+            health = self._health.setdefault(prefix, Health(self._thresholds, prefix))
+            shares, begun, cleared = health.check(figures, step)
+            training = self._health.get("")
+            if prefix and training is not None:  # what training tells is not told again
+                begun = [alert for alert in begun if not training.lasts(alert.condition)]
+                cleared = [over for over in cleared if over._replace(cleared=None) in self.all]
+            for over in cleared:
+                self.all[self.all.index(over._replace(cleared=None))] = over
+            self.all += begun
+            self._untold += begun
+            verdict = Verdict(shares, begun, cleared)
+        return verdict
+
+    def tell(self) -> None:
+        """Tell what began to be wrong, once all is written: what is told may flush or detach."""
+        while self._untold:
+            alert = self._untold.popleft()
+            self._ledger.warn(str(alert))
+            if self._on_alert is not None:
+                with self._ledger.guard("on_alert"):
+                    self._on_alert(alert)
+
+    def state(self) -> list[list[Any]]:
+        """Each alert that lasts as plain data, behind the prefix of its steps."""
+        return [
+            [prefix, *alert]
+            for prefix, health in self._health.items()
+            for alert in health.lasting()
+        ]
+
+    def resume(self, state: Iterable[Sequence[Any]], step: int) -> None:
+        """Go on at `step` with what `state` gave; what came after is forgotten."""
+        self._health.clear()
+        self.all = [
+            alert if alert.cleared is None or alert.cleared < step else alert._replace(cleared=None)
+            for alert in self.all
+            if alert.step < step
+        ]
+        for prefix, *fields in state:
+            alert = Alert(*fields)
+            self._health.setdefault(prefix, Health(self._thresholds, prefix)).resume(alert)
+            if alert not in self.all:
+                self.all.append(alert)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..measure.figures import Figures
 from ..measure.nonfinite import Fault, Forward
 from ..names import tag
 
@@ -70,30 +71,6 @@ class Finding(NamedTuple):
         return f"{self.where} {self.part}".rstrip()
 
 
-class Figures(NamedTuple):
-    """What is known of one number, on the host.
-
-    Attributes:
-        scalars: by tag, without a prefix.
-        heads: module path -> of each head the entropy in nats, the visible keys, and the weight on
-            a neighbour of the query.
-        activations: module path -> the least and the largest value, for more than one.
-        forwards: what was not finite in each.
-        chance: the calibration error that a model may have that is right as often as it says.
-        base_rates: tag -> the learning rate that a scheduler was given.
-    """
-
-    scalars: Mapping[str, float]
-    heads: Mapping[str, Sequence[tuple[float, float, float]]] = {}
-    activations: Mapping[str, tuple[float, float]] = {}
-    forwards: Sequence[Forward] = ()
-    chance: float = 0.0
-    base_rates: Mapping[str, float] = {}
-
-    def under(self, start: str) -> dict[str, float]:
-        return {t[len(start) :]: v for t, v in self.scalars.items() if t.startswith(start)}
-
-
 class Conditions:
     """Looks at one run, or at its eval forwards.
 
@@ -114,8 +91,7 @@ class Conditions:
         """By condition, all places that were looked at."""
         limits = self._limits
         faults = _faults(figures.forwards)
-        layers = figures.under("gradients/layer_mean/")
-        finite = {name: norm for name, norm in layers.items() if math.isfinite(norm)}
+        finite = {name: norm for name, norm in figures.layers.items() if math.isfinite(norm)}
         return {
             "nonfinite": faults,
             "nonfinite_gradients": [] if any(f.severity for f in faults) else _nonfinite(figures),
@@ -148,10 +124,9 @@ class Conditions:
         return findings
 
     def _exploding(self, layers: Mapping[str, float], figures: Figures) -> list[Finding]:
-        limits, scalars = self._limits, figures.scalars
-        applied = scalars.get("gradients/total_norm", math.nan)
-        total = scalars.get("gradients/total_norm_before_clip", applied)
-        if not layers or not math.isfinite(total):
+        limits, applied, total = self._limits, figures.total_norm, figures.total_norm_before_clip
+        total = applied if total is None else total
+        if not layers or total is None or not math.isfinite(total):
             return []
         largest = max(layers, key=lambda name: layers[name])
         message = f"the norm of all gradients before clipping is {total:.3g}, most of it here"
@@ -167,7 +142,10 @@ class Conditions:
 
     def _attention_logits(self, figures: Figures) -> list[Finding]:
         found = []
-        for path, logit in figures.under("attention/max_logit/").items():
+        for path, statistics in figures.attention.items():
+            logit = statistics.get("max_logit")
+            if logit is None:
+                continue
             first = self._first_logits.setdefault(path, logit)
             severity = logit / self._limits.logit
             if first > 0:
@@ -177,20 +155,20 @@ class Conditions:
 
     def _learning_rate(self, figures: Figures, step: int) -> list[Finding]:
         found = []
-        rates = {t: rate for t, rate in figures.scalars.items() if t.startswith("learning_rate/")}
-        for where, rate in rates.items():
-            seen = self._rates.setdefault(where, _Rate(step))
-            base = figures.base_rates.get(where, 0.0)
+        rates = figures.learning_rates
+        for group, rate in rates.items():
+            seen = self._rates.setdefault(group, _Rate(step))
+            base = figures.base_rates.get(group, 0.0)
             severity, message = seen.look(rate, step, self._limits, base)
             if not any(rates.values()):  # of one group alone it is meant
                 severity, message = math.inf, "0 while training goes on"
-            found.append(Finding(where, severity, message))
+            found.append(Finding(tag("learning_rate", group), severity, message))
         return found
 
 
 def _nonfinite(figures: Figures) -> list[Finding]:
     message = "its gradient is {}; of the parameters of which it is not finite it is the last"
-    norms = reversed(figures.under("gradients/norm/").items())
+    norms = reversed(list(figures.norms.items()))
     return [
         Finding(name, 0.0 if math.isfinite(norm) else math.inf, message.format(norm))
         for name, norm in norms
@@ -255,7 +233,7 @@ def _below(limit: float, value: float) -> float:
 
 
 def _miscalibration(figures: Figures, limits: Thresholds, prefix: str) -> list[Finding]:
-    error, gap = (figures.scalars.get(f"calibration/{name}") for name in ("ece", "gap"))
+    error, gap = figures.calibration.get("ece"), figures.calibration.get("gap")
     if error is None or gap is None:
         return []
     which = "over-confident" if gap > 0 else "under-confident"

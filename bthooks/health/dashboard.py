@@ -1,48 +1,47 @@
 """Dashboard: the charts of TensorBoard's custom scalars tab, in which a run is looked at first.
 
-In: the tags of a run's first step. Out: the layout that the backends' `custom_scalars` take.
+The layout is written once, with a run's first step: of what a run has not there is no chart.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+
+from ..measure.figures import Figures
 
 Layout = dict[str, dict[str, list[object]]]
 
+HEALTHY_ENTROPY = {"low": 0.5, "high": 2.0}  # nats, of a layer
+
 _TRAINING = r"(?!(.*/)?val/)(.*/)?"  # whatever the prefix
 _METRIC = r"(.*/)?(train|val|eval|test)/(.*[/_])?"
-_LOW, _HIGH = 0.5, 2.0  # nats: the entropy of a healthy layer
-_CHARTS = {  # title -> what a tag starts with for the chart to be there, what it shows
-    "health: fraction of the layers, heads, ... in trouble": ("health/", "health/[a-z_]+$"),
-    f"attention entropy by layer, nats (healthy: {_LOW} to {_HIGH})": (
-        "attention/entropy/",
-        "attention/(healthy_)?entropy/",
-    ),
-    "gradient norm, before clipping and as applied": (
-        "gradients/total_norm",
-        "gradients/total_norm",
-    ),
-    "gradient norm by layer": ("gradients/layer_mean/", "gradients/layer_mean/"),
-    "learning rate": ("learning_rate/", "learning_rate/"),
-    "largest attention score by layer": ("attention/max_logit/", "attention/max_logit/"),
-    "uncertainty, nats, and accuracy": ("uncertainty/", "uncertainty/[a-z]+$"),
-}
 
 
-def layout(tags: Iterable[str]) -> Layout:
-    """The charts for a run that writes `tags`; of what it has not there is none.
+def layout(figures: Figures) -> Layout:
+    """The charts for a run whose steps have such figures.
 
-    >>> list(layout(["learning_rate/0"])["Is this run healthy?"])
-    ['loss', 'learning rate']
+    >>> list(layout(Figures(learning_rates={"0": 0.1}))["Is this run healthy?"])
+    ['loss', 'health: fraction of the layers, heads, ... in trouble', 'learning rate']
     """
-    tags = list(tags)
-    charts: dict[str, list[object]] = {"loss": ["Multiline", [f"{_METRIC}loss$"]]}
-    for title, (start, pattern) in _CHARTS.items():
-        if any(tag.startswith(start) for tag in tags):
-            shown = [_TRAINING + pattern]
-            shown += [f"{_METRIC}accuracy$"] * title.endswith("accuracy")
-            charts[title] = ["Multiline", shown]
-    return {"Is this run healthy?": charts}
+    return {"Is this run healthy?": {t: ["Multiline", tags] for t, tags in _charts(figures)}}
 
 
-def healthy_band() -> dict[str, float]:
-    """The scalars of the two lines between which the entropy of a layer is healthy."""
-    return {"attention/healthy_entropy/low": _LOW, "attention/healthy_entropy/high": _HIGH}
+def _charts(figures: Figures) -> Iterator[tuple[str, list[object]]]:
+    """Each title with the regular expressions of its tags."""
+    statistics = {name for found in figures.attention.values() for name in found}
+    yield "loss", [f"{_METRIC}loss$"]
+    yield "health: fraction of the layers, heads, ... in trouble", [f"{_TRAINING}health/[a-z_]+$"]
+    if "entropy" in statistics:
+        low, high = HEALTHY_ENTROPY.values()
+        title = f"attention entropy by layer, nats (healthy: {low} to {high})"
+        yield title, [f"{_TRAINING}attention/(healthy_)?entropy/"]
+    if figures.total_norm is not None:
+        title = "gradient norm, before clipping and as applied"
+        yield title, [f"{_TRAINING}gradients/total_norm"]
+    if figures.layers:
+        yield "gradient norm by layer", [f"{_TRAINING}gradients/layer_mean/"]
+    if figures.learning_rates:
+        yield "learning rate", [f"{_TRAINING}learning_rate/"]
+    if "max_logit" in statistics:
+        yield "largest attention score by layer", [f"{_TRAINING}attention/max_logit/"]
+    if figures.uncertainty:
+        tags: list[object] = [f"{_TRAINING}uncertainty/[a-z]+$", f"{_METRIC}accuracy$"]
+        yield "uncertainty, nats, and accuracy", tags

@@ -8,7 +8,7 @@ Out: one value per statistic, per head or for the whole map.
 import math
 from collections.abc import Mapping
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -254,14 +254,29 @@ def whole(maps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     return found
 
 
-def of_heads(sums: Tensor) -> list[tuple[float, float, float]]:
+class Head(NamedTuple):
+    """What a head is judged by; NaN where no row sees a key.
+
+    Attributes:
+        entropy: nats, mean over its rows.
+        keys: how many a row sees, on average.
+        neighbour: the weight on the key before a row's own place, or behind it if that is more.
+    """
+
+    entropy: float
+    keys: float
+    neighbour: float
+
+
+def of_heads(sums: Tensor) -> list[Head]:
     """Of each head, from the sums on the host: entropy in nats, the keys that a row sees, and the
     weight on the key before its own place, or behind it if that is more.
 
     The means over its rows; NaN where no row sees a key.
     """
     entropy, before, behind, keys = (sums[:, [1, 8, 9, _ADDED - 1]] / sums[:, :1]).unbind(1)
-    return torch.stack([entropy, keys, torch.maximum(before, behind)], dim=1).tolist()
+    rows = torch.stack([entropy, keys, torch.maximum(before, behind)], dim=1).tolist()
+    return [Head(*row) for row in rows]
 
 
 def _over_heads(sums: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from these, once they are on the host, the figures per layer and in total.
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,32 +66,44 @@ def ratios(change: Mapping[str, Tensor], size: Mapping[str, Tensor]) -> dict[str
     return {name: change[name] / size[name] for name in size}
 
 
-def summarize(
-    norms: Mapping[str, float], unclipped: Mapping[str, float] | None = None, scale: float = 1.0
-) -> dict[str, float]:
-    """`total_norm` (L2 over all) and `layer_mean/<module>` (mean of its own parameters' norms).
+class Totals(NamedTuple):
+    """What the norms of single parameters amount to, L2.
+
+    Attributes:
+        total_norm: over all; None without any gradient.
+        before_clip: the same before clipping. None where the loss seems to have been scaled by
+            other than its `scale`.
+        layers: module -> mean of its own parameters' norms.
+    """
+
+    total_norm: float | None = None
+    before_clip: float | None = None
+    layers: Mapping[str, float] = {}
+
+
+def totals(
+    norms: Mapping[str, float], before_clip: Mapping[str, float] | None = None, scale: float = 1.0
+) -> Totals:
+    """The totals of norms on the host.
 
     Args:
-        norms: those below 0 are of parameters without a gradient.
-        unclipped: the norms before clipping, for `total_norm_before_clip`. It is left out where
-            the loss seems to have been scaled by other than `scale`.
+        norms, before_clip: by parameter name; those below 0 are of parameters without a gradient.
         scale: what the loss was multiplied with.
 
-    >>> summarize({"a.weight": 3.0, "a.bias": 4.0})
-    {'total_norm': 5.0, 'layer_mean/a': 3.5}
+    >>> totals({"a.weight": 3.0, "a.bias": 4.0})
+    Totals(total_norm=5.0, before_clip=None, layers={'a': 3.5})
     """
     layers: dict[str, list[float]] = {}
     for name, norm in norms.items():
         if not norm < 0:
             layers.setdefault(name.rpartition(".")[0] or "root", []).append(norm)
     if not layers:
-        return {}
+        return Totals()
     total = math.hypot(*(norm for own in layers.values() for norm in own))
-    before = math.hypot(*(norm for norm in (unclipped or {}).values() if not norm < 0)) / scale
-    found = {"total_norm": total}
-    if unclipped and not _is_scaled(before, total):
-        found["total_norm_before_clip"] = before
-    return found | {f"layer_mean/{layer}": sum(own) / len(own) for layer, own in layers.items()}
+    before = math.hypot(*(norm for norm in (before_clip or {}).values() if not norm < 0)) / scale
+    is_known = before_clip and not _is_scaled(before, total)
+    means = {layer: sum(own) / len(own) for layer, own in layers.items()}
+    return Totals(total, before if is_known else None, means)
 
 
 def _is_scaled(unclipped: float, applied: float) -> bool:

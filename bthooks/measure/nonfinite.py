@@ -5,9 +5,9 @@ the module, and whether it is its own parameters or the data.
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,18 +71,14 @@ class Forward:
     owned: dict[str, Extremes] = field(default_factory=dict)
     compiled: list[str] = field(default_factory=list)
 
-    def tensors(self) -> list[Tensor]:
-        each = [pair for call in self.calls for pair in (*call.given, *call.made)]
-        return [value for pair in (*each, *self.owned.values()) for value in pair]
+    def mapped(self, function: Callable[[Tensor], Any]) -> "Forward":
+        """The same with `function` of each tensor in it."""
 
-    def on_host(self, host: Iterator[Tensor]) -> "Forward":
-        """The same with its tensors from `host`, in the order of `tensors()`."""
-
-        def pairs(of: Collection[object]) -> list[Extremes]:
-            return [Extremes(next(host), next(host)) for _ in of]
+        def pairs(of: Iterable[Extremes]) -> list[Extremes]:
+            return [Extremes(function(low), function(high)) for low, high in of]
 
         calls = [Call(path, pairs(given), pairs(made)) for path, given, made in self.calls]
-        owned = dict(zip(self.owned, pairs(self.owned), strict=True))
+        owned = dict(zip(self.owned, pairs(self.owned.values()), strict=True))
         return Forward(calls, owned, self.compiled)
 
     def fault(self) -> Fault | None:

@@ -1,7 +1,6 @@
 """Scaling: the loss scaler that an optimizer steps under, and the steps that it skipped.
 
-In: the Python stack of an optimizer's step; the scaler's state, once it is on the host.
-Out: its scale on the device; how many optimizer steps it has skipped so far.
+A skipped step leaves no trace but in the scaler's own state, which changes in place on the device.
 """
 
 import gc
@@ -12,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
-
-from ..torch_private import frames
 
 
 class Scaling(NamedTuple):
@@ -31,17 +28,6 @@ class Scaling(NamedTuple):
     growth: float
     backoff: float
     interval: int
-
-
-def find_scaler() -> GradScaler | None:
-    """The scaler that called the optimizer whose step runs in this thread."""
-    for frame in frames():
-        # Of no other frame: f_locals keeps a frame's objects alive as long as the frame lives.
-        if frame.f_code.co_name in ("step", "_maybe_opt_step"):
-            scaler = frame.f_locals.get("self")
-            if isinstance(scaler, GradScaler) and scaler.is_enabled() and scaler._scale is not None:
-                return scaler
-    return None
 
 
 def is_any_scaler() -> bool:

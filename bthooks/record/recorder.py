@@ -1,77 +1,72 @@
-"""Outbox: the readings of each number until they go out, as one event, each tag once.
+"""Recorder: the readings of each step until they are written, as one event, each tag once.
 
-In: readings by number. Out: one event per number and prefix.
+A step goes to the host in the order of the steps, without a wait, and is written once it is there;
+what a flush in the middle of a step has written is not written again.
 """
 
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..health.alerts import Alert, Health
-from ..health.conditions import Figures, Thresholds
-from ..health.dashboard import healthy_band, layout
-from ..measure.readings import Reading, Readings, compose, figures
+from ..health.alerts import Alerts
+from ..measure.figures import Figures, figures_of
+from ..measure.readings import Readings
 from ..measure.scaling import Skips, is_any_scaler
 from ..names import tag
 from ..report import Ledger
-from ..steps import Due
-from .writers import Event, hand_over, is_main_rank, prefixed
+from .backend import hand_over, is_main_rank, supersede
+from .event import Event, event_of_model, prefixed
+from .transfer import Reading
 
 
 @dataclass
-class Batch:
-    """The readings of one number, until they are written.
+class Pending:
+    """What is to be written of a step.
 
     Attributes:
+        scalars, histograms: whether these are due at it.
+        prefix: in front of the tags, "val" for a validation pass.
         stepped: whether an optimizer has, or `advance()` said so.
     """
 
-    number: int
-    due: Due
+    step: int
+    scalars: bool
+    histograms: bool
     prefix: str = ""
-    readings: Readings = field(default_factory=Readings)
     stepped: bool = False
+    readings: Readings = field(default_factory=Readings)
 
 
-class Outbox:
-    """What waits to be written.
+class Recorder:
+    """Writes for one attachment.
 
     Args:
         prefix: in front of every tag.
-        thresholds: what is judged by.
-        on_alert: called with each alert.
-        ledger: told what can't be written, and the alerts.
+        alerts: judges each step.
+        ledger: told what can't be written.
     """
 
-    def __init__(
-        self,
-        writer: Any,
-        prefix: str,
-        thresholds: Thresholds,
-        on_alert: Callable[[Alert], object] | None,
-        ledger: Ledger,
-    ) -> None:
-        self._writer, self._prefix, self._ledger = writer, prefix, ledger
-        self._on_alert, self._thresholds = on_alert, thresholds
-        self._health: dict[str, Health] = {}  # by the prefix of the numbers
-        self.alerts: list[Alert] = []
-        self._untold: deque[Alert] = deque()
+    def __init__(self, writer: Any, prefix: str, alerts: Alerts, ledger: Ledger) -> None:
+        self.writer, self.prefix, self.alerts = writer, prefix, alerts
+        self._ledger = ledger
         self.skips = Skips()
         self._scalers: bool | None = None  # whether there is any
-        self._waiting: list[Batch] = []
-        self._leaving: deque[tuple[Batch, Reading]] = deque()  # on their way to the host
-        # The number last written, and whether a kill would still lose it, or those before.
+        self._waiting: list[Pending] = []
+        self._leaving: deque[tuple[Pending, Reading]] = deque()  # on their way to the host
+        # The step last written, and whether a kill would still lose it, or those before.
         self._unsettled: tuple[int, Callable[[], bool]] | None = None
-        self._lost: list[int] = []  # the numbers that could not be written
+        self._lost: list[int] = []  # the steps that could not be written
         self._lock = threading.RLock()
-        self._last: dict[str, int] = {}  # by tag: the number last written
+        self._last: dict[str, int] = {}  # by tag: the step last written
         self._has_layout = False
+        _recorders.append(self)
 
-    def add(self, batch: Batch) -> None:
-        self._waiting.append(batch)
+    def add(self, pending: Pending) -> None:
+        """Take in a step, to whose readings more may come until it is sent."""
+        self._waiting.append(pending)
 
     def send(self, wait: bool = False) -> None:
         """Write what waits, as far as it has arrived on the host; with `wait`, all."""
@@ -85,89 +80,101 @@ class Outbox:
                         self._unsettled = unsettled
             waiting, self._waiting = self._waiting, []
             wait_for = len(self._leaving) if waiting else 0
-            for batch in waiting:
-                readings, batch.readings = batch.readings, Readings()
-                # A forward is before the step that says which number is its own.
-                if not batch.due.histograms:
+            for pending in waiting:
+                readings, pending.readings = pending.readings, Readings()
+                # A forward runs before we know whether its step is logged.
+                if not pending.histograms:
                     readings.histograms, readings.samples = {}, {}
-                if not batch.due.scalars:
-                    readings.attention, readings.means = {}, {}
-                with self._losing(batch.number):
-                    self._leaving.append((batch, Reading(readings)))
+                if not pending.scalars:
+                    readings.attention, readings.uncertainty = {}, {}
+                with self._losing(pending.step):
+                    self._leaving.append((pending, Reading(readings)))
             while self._leaving:
-                batch, reading = self._leaving[0]
-                with self._losing(batch.number):
+                pending, reading = self._leaving[0]
+                with self._losing(pending.step):
                     # Those of the last logging step are waited for, at the latest now.
                     if not (wait or wait_for > 0 or reading.is_done()):
                         break
-                    self._write(batch, reading.result())
+                    self._write(pending, reading.result())
                 self._leaving.popleft()
                 wait_for -= 1
-            self.tell()
+            self.alerts.tell()
 
-    def _write(self, batch: Batch, readings: Readings) -> None:
-        event = compose(readings, model=True, images=batch.due.histograms, skips=self.skips)
-        self._without_scaled(readings, event)
-        self.judge(event, figures(readings, event), batch.number, batch.prefix)
-        if not batch.prefix and "attention/mean_entropy" in event.scalars:
-            event.scalars |= healthy_band()
-        if batch.stepped and not self._has_layout:
-            event.layout, self._has_layout = layout(event.scalars), True
-        event = prefixed(event, tag(self._prefix, batch.prefix))
-        event = self._unwritten(event, batch.number)
-        is_settled = hand_over(self._writer, event, batch.number, patient=not self._lost)
-        self._unsettled = batch.number, is_settled
+    def flush(self) -> None:
+        """Write what waits, to the disk."""
+        self.send(wait=True)
+        if self.writer is not None and is_main_rank() and not self._lost:
+            try:
+                self.writer.flush()
+            except Exception as error:
+                self._ledger.failed("flush of the writer", error)
 
-    def judge(self, event: Event, figures: Figures, number: int, prefix: str) -> None:
-        """Put into `event` what is wrong by the figures."""
-        with self._ledger.guard("health"):
-            health = self._health.setdefault(prefix, Health(self._thresholds, prefix))
-            shares, begun, cleared = health.check(figures, number)
-            event.scalars |= {f"health/{condition}": share for condition, share in shares.items()}
-            training = self._health.get("")
-            if prefix and training is not None:  # what training tells is not told again
-                begun = [alert for alert in begun if not training.lasts(alert.condition)]
-                cleared = [over for over in cleared if over._replace(cleared=None) in self.alerts]
-            if told := [*begun, *cleared]:
-                event.texts["health/alerts"] = "\n\n".join(map(str, told))
-            for over in cleared:
-                self.alerts[self.alerts.index(over._replace(cleared=None))] = over
-            self.alerts += begun
-            self._untold += begun
+    def resume(self, step: int) -> None:
+        """Go on at `step`: what was written at it and after is superseded in the file."""
+        if any(last >= step for last in self._last.values()) and is_main_rank():
+            with self._ledger.guard("resume"):
+                if self.writer is not None and not supersede(self.writer, step):
+                    self._ledger.warn_once(
+                        "resume",
+                        f"the writer is no SummaryWriter: what it wrote at step {step} and after "
+                        "stays beside what is written from now on",
+                    )
+        self._last = {tag: last for tag, last in self._last.items() if last < step}
 
-    def tell(self) -> None:
-        """Tell what began to be wrong, once all is written: what is told may flush or detach."""
-        while self._untold:
-            alert = self._untold.popleft()
-            self._ledger.warn(str(alert))
-            if self._on_alert is not None:
-                with self._ledger.guard("on_alert"):
-                    self._on_alert(alert)
+    def close(self) -> None:
+        """Be found by its writer no more."""
+        if self in _recorders:
+            _recorders.remove(self)
 
-    def lasting(self) -> list[list[Any]]:
-        """Each alert that lasts as plain data, behind the prefix of its numbers."""
-        return [
-            [prefix, *alert]
-            for prefix, health in self._health.items()
-            for alert in health.lasting()
+    def _write(self, pending: Pending, readings: Readings) -> None:
+        figures = self._figures(readings)
+        verdict = self.alerts.judge(figures, pending.step, pending.prefix)
+        event = event_of_model(
+            figures,
+            verdict,
+            training=not pending.prefix,
+            images=pending.histograms,
+            charts=pending.stepped and not self._has_layout,
+        )
+        self._has_layout = self._has_layout or pending.stepped
+        event = prefixed(event, tag(self.prefix, pending.prefix))
+        event = self._unwritten(event, pending.step)
+        is_settled = hand_over(self.writer, event, pending.step, patient=not self._lost)
+        self._unsettled = pending.step, is_settled
+
+    def _figures(self, readings: Readings) -> Figures:
+        """Without a total norm before clipping that may be one of a scaled loss: that is said."""
+        figures = figures_of(readings, self.skips)
+        total, before = figures.total_norm, figures.total_norm_before_clip
+        if not readings.norms_before_clip or total is None:
+            return figures
+        if before is not None and before > 16 * total and readings.scaling is None:
+            self._scalers = is_any_scaler() if self._scalers is None else self._scalers
+            before = None if self._scalers else before
+        if before is None:
+            self._ledger.warn_once(
+                "gradients/total_norm_before_clip",
+                "left out: the gradients at the end of backward() seem to be those of a scaled "
+                "loss, and the optimizer was not called by scaler.step(optimizer)",
+            )
+        return replace(figures, total_norm_before_clip=before)
+
+    def _unwritten(self, event: Event, step: int) -> Event:
+        """`event` without the tags that a flush in the middle of a step has brought this far."""
+        parts = [
+            {tag: value for tag, value in part.items() if self._last.get(tag, -1) < step}
+            for part in event.tagged()
         ]
-
-    def resume(self, lasting: Iterable[Sequence[Any]]) -> None:
-        """Go on with what `lasting` gave, and with nothing else."""
-        self._health.clear()
-        for prefix, *fields in lasting:
-            alert = Alert(*fields)
-            self._health.setdefault(prefix, Health(self._thresholds, prefix)).resume(alert)
-            if alert not in self.alerts:
-                self.alerts.append(alert)
+        self._last |= {tag: step for part in parts for tag in part}
+        return replace(Event(*parts), layout=event.layout)
 
     @contextlib.contextmanager
-    def _losing(self, number: int) -> Iterator[None]:
-        """Say that what fails inside has cost the event of `number`."""
+    def _losing(self, step: int) -> Iterator[None]:
+        """Say that what fails inside has cost the event of `step`."""
         try:
             yield
         except Exception as error:
-            self._lost.append(number)
+            self._lost.append(step)
             self._ledger.failed("event file", error)
             self._ledger.note(
                 "event file",
@@ -175,37 +182,11 @@ class Outbox:
                 f"{min(self._lost)} to {max(self._lost)}, and what the writer still held",
             )
 
-    def _without_scaled(self, readings: Readings, event: Event) -> None:
-        """Leave out a total norm before clipping that may be one of a scaled loss, and say so."""
-        total, before = "gradients/total_norm", "gradients/total_norm_before_clip"
-        if not readings.unclipped or total not in event.scalars:
-            return
-        far = event.scalars.get(before, 0) > 16 * event.scalars[total]
-        if far and readings.scaling is None:
-            self._scalers = is_any_scaler() if self._scalers is None else self._scalers
-            if self._scalers:
-                del event.scalars[before]
-        if before not in event.scalars:
-            self._ledger.say(
-                before,
-                "left out: the gradients at the end of backward() seem to be those of a scaled "
-                "loss, and the optimizer was not called by scaler.step(optimizer)",
-            )
 
-    def flush(self) -> None:
-        """Write what waits, to the disk."""
-        self.send(wait=True)
-        if self._writer is not None and is_main_rank() and not self._lost:
-            try:
-                self._writer.flush()
-            except Exception as error:
-                self._ledger.failed("flush of the writer", error)
+# A function for scripts knows the writer alone; what it writes is judged where the writer's is.
+_recorders: list[Recorder] = []
 
-    def _unwritten(self, event: Event, number: int) -> Event:
-        """`event` without the tags that a flush in the middle of a step has brought this far."""
-        parts = [
-            {tag: value for tag, value in part.items() if self._last.get(tag, -1) < number}
-            for part in event.tagged()
-        ]
-        self._last |= {tag: number for part in parts for tag in part}
-        return replace(Event(*parts), layout=event.layout)
+
+def recorder_of(writer: Any) -> Recorder | None:
+    """The recorder that writes to `writer`, the first one of several."""
+    return next((found for found in _recorders if found.writer is writer), None)

@@ -1,13 +1,18 @@
-"""Transfer: small tensors on their way from their devices to the host.
+"""Transfer: small tensors on their way from their devices to the host, in one copy per device.
 
-In: tensors. Out: their values on the host, after one copy per device.
+Reading a number makes a GPU's queue run empty. So what was measured is copied while training goes
+on, and asked for when the next step is logged.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..measure.histograms import histogram
+from ..measure.readings import Readings
 
 
 class Transfer:
@@ -61,3 +66,30 @@ class Transfer:
                 for index, shape, piece in zip(indices, shapes, pieces, strict=True):
                     host[index] = piece.reshape(shape) if shape else piece
         return host
+
+
+class Reading:
+    """The readings of a step on their way to the host."""
+
+    def __init__(self, readings: Readings) -> None:
+        # Another thread that runs the model may still merge into these.
+        readings = readings.mapped(lambda tensor: tensor)
+        drawn = {drawn: histogram(values) for drawn, values in readings.samples.items()}
+        self._readings = replace(readings, histograms=readings.histograms | drawn, samples={})
+        tensors: list[Tensor] = []
+        self._readings.mapped(tensors.append)
+        self._transfer = Transfer(tensors)
+
+    def is_done(self) -> bool:
+        """Whether `result()` need not wait."""
+        return self._transfer.is_done()
+
+    def result(self) -> Readings:
+        """The readings on the host, in float64."""
+        host = iter(self._transfer.result())
+        return self._readings.mapped(lambda _: next(host))
+
+
+def read(readings: Readings) -> Readings:
+    """`readings` on the host, in float64."""
+    return Reading(readings).result()

@@ -21,8 +21,10 @@ from torch.utils.tensorboard.summary import make_histogram
 
 import bthooks
 from bthooks.measure.histograms import raw
-from bthooks.measure.readings import Readings, read
-from bthooks.record.writers import Event, _histogram_proto, hand_over
+from bthooks.measure.readings import Readings
+from bthooks.record.backend import _histogram_proto, hand_over
+from bthooks.record.event import Event
+from bthooks.record.transfer import read
 
 from ..measure.test_histograms import Record, rank_error
 from . import peers

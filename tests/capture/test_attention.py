@@ -431,7 +431,7 @@ def test_another_default_device(device, tmp_path):
     """As torch.set_default_device does: what we make for ourselves is on the host all the same."""
     model, (x, _) = nn.Sequential(SelfAttention(), Softmax()), batch(0)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    capture = [*bthooks.handle.KINDS, "updates", "activations"]
+    capture = [*bthooks.capture.wanted.KINDS, "updates", "activations"]
     with torch.device(device):
         handle = attach(model, tmp_path, every=1, capture=capture)
         model(x).sum().backward()

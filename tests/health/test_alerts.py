@@ -14,7 +14,8 @@ import bthooks
 from bthooks import Thresholds, attach
 from bthooks.__main__ import main
 from bthooks.health.alerts import Health
-from bthooks.health.conditions import Figures
+from bthooks.measure.attention import Head
+from bthooks.measure.figures import Figures
 
 from ..conftest import read
 from ..models import Transformer, batch
@@ -71,11 +72,6 @@ def test_a_broken_run_says_what_is_wrong_with_it(name, tmp_path, capsys):
     assert alert.step >= BEGAN.get(name, 0)
 
 
-def scalars(**values):
-    """Scalars of which the tags are written with __ for /."""
-    return {tag.replace("__", "/"): value for tag, value in values.items()}
-
-
 def checked(figures, thresholds=Thresholds(), step=10):  # noqa: B008
     """The alerts begun after each of the figures."""
     health = Health(thresholds)
@@ -83,65 +79,74 @@ def checked(figures, thresholds=Thresholds(), step=10):  # noqa: B008
 
 
 def layers(*norms):
-    return {f"gradients/layer_mean/l{at}": norm for at, norm in enumerate(norms)}
+    return {f"l{at}": norm for at, norm in enumerate(norms)}
 
 
 def total(before, after=1.0):
-    norms = {"gradients/total_norm": after, "gradients/total_norm_before_clip": before}
-    return Figures(layers(0.1, 0.2) | norms)
+    norms = {"total_norm": after, "total_norm_before_clip": before}
+    return Figures(layers=layers(0.1, 0.2), **norms)
 
 
 def rates(*values):
-    return [Figures({"learning_rate/0": value}) for value in values]
+    return [Figures(learning_rates={"0": value}) for value in values]
 
 
 def heads(*found):
     """Entropy, keys and the weight on a neighbour, of each head."""
-    return Figures({}, heads={"a": found})
+    return Figures(heads={"a": [Head(*head) for head in found]})
 
 
 HEALTHY = {
-    "nothing": [Figures({})] * 4,
+    "nothing": [Figures()] * 4,
     "one check": [total(1), total(11), total(1), total(11), total(1)],
-    "no gradient at first": [Figures(layers(1, 0)), Figures(layers(1, 1e-3))],
-    "an idle expert": [Figures(layers(1, float(at % 9 == 0))) for at in range(40)],
-    "a frozen group": [Figures({"learning_rate/0": 1.0, "learning_rate/1": 0.0})] * 9,
-    "few samples": [Figures({"calibration/ece": 0.25, "calibration/gap": 0.1}, chance=0.2)] * 3,
+    "no gradient at first": [Figures(layers=layers(1, 0)), Figures(layers=layers(1, 1e-3))],
+    "an idle expert": [Figures(layers=layers(1, float(at % 9 == 0))) for at in range(40)],
+    "a frozen group": [Figures(learning_rates={"0": 1.0, "1": 0.0})] * 9,
+    "few samples": [Figures(calibration={"ece": 0.25, "gap": 0.1}, chance=0.2)] * 3,
     "few keys": [heads((0.0, 3.0, 0.0))] * 3,
     "no key": [heads((math.nan, math.nan, math.nan))] * 3,
     "previous token": [heads((0.02, 30.0, 0.98))] * 3,
     "warm-up": rates(*(1e-8 * 2**at for at in range(30))),
     "cosine": rates(*(1 + math.cos(math.pi * at / 20) for at in range(20)), 0.0),
     "warm restart": rates(1.0, 0.1, 0.01, 0.001, 1e-4, 1e-5, 1e-6, 1.0, 0.1, 0.01),
-    "large from the first": [Figures({"attention/max_logit/a": 300.0})] * 4,
-    "three layers of one norm": [Figures(layers(1, 1, 1))] * 4,
-    "falling loss": [Figures(layers(10.0**-at, 2 * 10.0**-at) | {"gradients/total_norm": 1.0})
+    "large from the first": [Figures(attention={"a": {"max_logit": 300.0}})] * 4,
+    "three layers of one norm": [Figures(layers=layers(1, 1, 1))] * 4,
+    "falling loss": [Figures(layers=layers(10.0**-at, 2 * 10.0**-at), total_norm=1.0)
                      for at in range(9)],
     "off": [total(math.inf), total(1e30), total(1e30)],
 }  # fmt: skip
 ILL = {
     "total": ([total(11)] * 2, "exploding_gradients: l1: step 10: the norm of all"),
     "layer": (
-        [Figures(layers(1, n) | {"gradients/total_norm": 1.0}) for n in [1] * 9 + [20] * 2],
+        [Figures(layers=layers(1, n), total_norm=1.0) for n in [1] * 9 + [20] * 2],
         "exploding_gradients: l1: step 100: its gradient norm is 10 ** 1.3 times",
     ),
     "clipped layer": (
         [total(*norms) for norms in [(0.5, 0.5)] * 9 + [(6.0, 0.5)] * 2],
         "exploding_gradients: l0: step 100: its gradient norm is 10 ** 1.0 times",
     ),
-    "vanishing": ([Figures(layers(1e-6, 1, 0.3))] * 2, "vanishing_gradients: l0: step 10: its"),
+    "vanishing": (
+        [Figures(layers=layers(1e-6, 1, 0.3))] * 2,
+        "vanishing_gradients: l0: step 10: its",
+    ),
     "no gradient any more": (
-        [Figures(layers(float(at < 3), 1)) for at in range(14)],
+        [Figures(layers=layers(float(at < 3), 1)) for at in range(14)],
         "vanishing_gradients: l0: step 130: its mean gradient norm is 0.0e+00",
     ),
-    "none at all": ([Figures(layers(0, 0))] * 2, "vanishing_gradients: l0: step 10: its mean"),
-    "collapsed": ([Figures(layers(1, 1, 1.001, 1))] * 2, "collapsed_gradients: root: step 10"),
+    "none at all": (
+        [Figures(layers=layers(0, 0))] * 2,
+        "vanishing_gradients: l0: step 10: its mean",
+    ),
+    "collapsed": (
+        [Figures(layers=layers(1, 1, 1.001, 1))] * 2,
+        "collapsed_gradients: root: step 10",
+    ),
     "head": (
         [heads((1.0, 9.0, 0.2), (0.05, 9.0, 0.89))] * 2,
         "attention_collapse: a: step 10: head 1: its",
     ),
     "logit": (
-        [Figures({"attention/max_logit/a": logit}) for logit in (5.0, 101.0, 120.0)],
+        [Figures(attention={"a": {"max_logit": logit}}) for logit in (5.0, 101.0, 120.0)],
         "attention_logits: a: step 20: its largest score is 120",
     ),
     "rate at 0": (rates(1.0, 0.5, 0.0, 0.0), "learning_rate: learning_rate/0: step 30: 0 while"),
@@ -150,12 +155,12 @@ ILL = {
         rates(*(0.01 * at for at in range(1, 1003))),
         "learning_rate: learning_rate/0: step 10010: has risen for all 10010 steps",
     ),
-    "dead": ([Figures({}, activations={"relu": (0.0, 0.0)})] * 2, "dead_activations: relu: step"),
+    "dead": ([Figures(activations={"relu": (0.0, 0.0)})] * 2, "dead_activations: relu: step"),
     "calibration": (
-        [Figures({"calibration/ece": 0.2, "calibration/gap": -0.1})] * 2,
+        [Figures(calibration={"ece": 0.2, "gap": -0.1})] * 2,
         "miscalibration: calibration/ece: step 10: the expected calibration error is 0.2: under",
     ),
-    "gradient": ([Figures({"gradients/norm/w": math.nan})], "nonfinite_gradients: w: step 0: its"),
+    "gradient": ([Figures(norms={"w": math.nan})], "nonfinite_gradients: w: step 0: its"),
 }  # fmt: skip
 
 
@@ -285,11 +290,17 @@ def test_every_judgement_can_be_switched_off():
     least = {"vanishing": 0, "collapsed": 0.0, "entropy": 0}
     rest = Thresholds._fields[1:]
     off = Thresholds(**{name: least.get(name, math.inf) for name in rest})
-    equal = layers(1e9, 1e9, 1e9, 1e9) | {"gradients/total_norm": 2e9}
-    worst = {"attention/max_logit/a": 1e30, "calibration/ece": 1.0, "calibration/gap": 1.0}
+    equal = {"layers": layers(1e9, 1e9, 1e9, 1e9), "total_norm": 2e9}
+    spread = {"layers": layers(1e-9, 0.0, 1.0, 1e30)}
     figures = [
-        Figures(norms | worst | {"learning_rate/0": 10.0**at}, heads={"a": [(0.0, 9.0, 0.0)]})
-        for at, norms in enumerate([equal] * 7 + [layers(1e-9, 0.0, 1.0, 1e30)] * 7)
+        Figures(
+            **norms,
+            attention={"a": {"max_logit": 1e30}},
+            calibration={"ece": 1.0, "gap": 1.0},
+            learning_rates={"0": 10.0**at},
+            heads={"a": [Head(0.0, 9.0, 0.0)]},
+        )
+        for at, norms in enumerate([equal] * 7 + [spread] * 7)
     ]
     assert not any(checked(figures, off))
     told = str(checked(figures))

@@ -14,7 +14,8 @@ from torch import nn
 import bthooks
 from bthooks import make_writer
 from bthooks.names import distinct, tag, tags
-from bthooks.record.writers import Event, write
+from bthooks.record.backend import write
+from bthooks.record.event import Event
 
 from ..conftest import BACKENDS, read
 

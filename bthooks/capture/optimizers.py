@@ -1,0 +1,105 @@
+"""Optimizers: which of them hold parameters of the model, and the loss scaler that they step under.
+
+No optimizer is passed to `attach`: torch tells of every step of every optimizer, other models' too.
+"""
+
+import itertools
+import weakref
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from ..measure.sharded import local
+from ..torch_private import frames
+
+
+class Optimizers:
+    """The optimizers that hold a parameter of the model, in the order of their first steps."""
+
+    def __init__(self) -> None:
+        self._index: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self._foreign: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._shared: weakref.WeakKeyDictionary[
+            Optimizer, weakref.WeakKeyDictionary[Optimizer, bool]
+        ] = weakref.WeakKeyDictionary()
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def index(self, optimizer: Optimizer, root: nn.Module | None) -> int | None:
+        """The number of `optimizer`; None if it holds no parameter of `root`."""
+        index = self._index.get(optimizer)
+        if index is not None or root is None or optimizer in self._foreign:
+            return index
+        own = {p for _, p in root.named_parameters()}  # GANs override parameters()
+        if held(optimizer).isdisjoint(own):
+            self._foreign.add(optimizer)
+            return None
+        taken = set(self._index.values())
+        index = self._index[optimizer] = next(i for i in itertools.count() if i not in taken)
+        return index
+
+    def held_by_others(self, optimizer: Optimizer | None) -> set[Tensor]:
+        """The parameters of the others."""
+        return {p for other in self._index if other is not optimizer for p in held(other)}
+
+    def share(self, optimizer: Optimizer | None, stepped: Collection[object]) -> bool:
+        """Whether `optimizer` has replaced one that `stepped`: they hold a parameter in common."""
+        if optimizer is None:
+            return False
+        known = self._shared.setdefault(optimizer, weakref.WeakKeyDictionary())
+        for other in stepped:
+            if isinstance(other, Optimizer) and other not in known:
+                known[other] = not held(optimizer).isdisjoint(held(other))
+        return any(known.get(other) for other in stepped if isinstance(other, Optimizer))
+
+    def recheck(self) -> None:
+        """Look at all again: their parameters may have become the model's."""
+        self._foreign.clear()
+        self._shared.clear()
+
+
+def held(optimizer: Optimizer) -> set[Tensor]:
+    """The parameters of `optimizer`."""
+    return {p for group in optimizer.param_groups for p in group["params"]}
+
+
+def find_scaler() -> GradScaler | None:
+    """The scaler that called the optimizer whose step runs in this thread."""
+    for frame in frames():
+        # Of no other frame: f_locals keeps a frame's objects alive as long as the frame lives.
+        if frame.f_code.co_name in ("step", "_maybe_opt_step"):
+            scaler = frame.f_locals.get("self")
+            if isinstance(scaler, GradScaler) and scaler.is_enabled() and scaler._scale is not None:
+                return scaler
+    return None
+
+
+class Probe:
+    """Tells whether parameters change though no optimizer is seen, by the smallest one trained."""
+
+    def __init__(self) -> None:
+        self._last: tuple[list[int], Tensor] | None = None
+
+    @torch.no_grad()
+    def changed(self, root: nn.Module) -> Tensor | None:
+        """Whether it changed since the last look, 0-d on its device; None: there was none.
+
+        By its value: `p.data` keeps the version.
+        """
+        own = [
+            p
+            for _, p in root.named_parameters()
+            if p.requires_grad and not (is_lazy(p) or p.is_meta)
+        ]
+        if not own:
+            return None
+        smallest = local(min(own, key=torch.numel).detach())
+        before, self._last = self._last, ([id(p) for p in own], smallest.clone())
+        if before is None or before[0] != self._last[0]:
+            return None
+        return (before[1] != smallest).any()

@@ -1,0 +1,337 @@
+"""Wiring: torch's callbacks -> schedule -> capture -> recorder. It says when; it computes nothing.
+
+What torch tells of are the forwards of the attached model, through hooks on it, and the steps of
+all optimizers, through torch's own hooks for them. Training forwards wait in a pool for the
+optimizer step that follows and go with it; eval forwards stand apart, under `val/`.
+"""
+
+import os
+import sys
+import threading
+import weakref
+from collections import deque
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils.hooks import RemovableHandle
+
+from .capture.forward import ObservedForward
+from .capture.gradients import Gradients
+from .capture.optimizers import Optimizers, Probe
+from .capture.wanted import Wanted
+from .measure.dropout import mc_dropout
+from .measure.readings import Readings
+from .record.recorder import Pending, Recorder
+from .record.transfer import Transfer
+from .report import Ledger
+from .schedule import Schedule, Slot
+from .torch_private import (
+    Hook,
+    calls_on_stack,
+    is_running,
+    is_traced,
+    steps_on_stack,
+    without_modes,
+)
+from .unseen import say_absent
+
+
+class Wiring:
+    """One attachment's hooks, and what was observed and is not yet of a step.
+
+    Args:
+        wanted: what is captured.
+        schedule: decides what is observed, measured and written.
+        recorder: takes the readings.
+        ledger: told what could not be measured, and why.
+
+    Attributes:
+        calls: how many forwards of the model there were.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        wanted: Wanted,
+        schedule: Schedule,
+        recorder: Recorder,
+        ledger: Ledger,
+    ) -> None:
+        self.root = weakref.ref(model)
+        self.wanted, self.schedule = wanted, schedule
+        self.recorder, self.ledger = recorder, ledger
+        self.calls = 0
+        self._process = os.getpid()  # a forked child has the hooks, and no writer's thread
+        self._optimizers, self._gradients = Optimizers(), Gradients(wanted, ledger)
+        self._probe, self._changes, self._moves = Probe(), deque[Transfer](), 0
+        self._pool = Readings()  # of the training forwards since the last optimizer step
+        self._step: Pending | None = None  # the step that has begun, if it is logged
+        self._forward: ObservedForward | None = None  # the one that runs
+        self._slot: Slot | None = None  # where its readings go
+        self._depth = 0  # calls of the root inside its own forward
+        self._handled: BaseException | None = None
+        self.is_on = True
+        before, after = Hook(self._before_forward), Hook(self._after_forward)
+        if isinstance(model, nn.TransformerEncoderLayer):
+            # A hook of its own switches its C++ fast path off, one on all modules does not.
+            self._before = module.register_module_forward_pre_hook(before)
+            self._after = module.register_module_forward_hook(after, always_call=True)
+        else:
+            self._before = model.register_forward_pre_hook(before, with_kwargs=True)
+            self._after = model.register_forward_hook(after, always_call=True)
+        _listen(self)
+        self._watch()
+
+    def is_here(self) -> bool:
+        """Whether this is the process that attached."""
+        return os.getpid() == self._process
+
+    def advance(self) -> None:
+        """An optimizer has stepped that torch tells nothing of."""
+        self._count(None)
+
+    def flush(self) -> None:
+        """Hand over all that was observed, also of a step that is not over, and write it."""
+        pool, slot = self._take(), self.schedule.flush()
+        if slot is None and self._step is not None:
+            self._step.readings.merge(pool)
+        elif slot is not None:
+            self.recorder.add(Pending(slot.step, *slot.due, readings=pool))
+        self.recorder.flush()
+        if self._step is not None:  # another optimizer may still step in it
+            self.recorder.add(self._step)
+
+    def resume(self) -> None:
+        """The schedule goes on elsewhere: no step has begun."""
+        self._step = None
+
+    def off(self) -> None:
+        """Take everything off the model, the optimizers and torch."""
+        self.is_on = False
+        self._before.remove()
+        # A forward that another thread runs ends with this hook, which takes itself off.
+        if self._forward is None or self._forward.thread == threading.get_ident():
+            self._after.remove()
+        _unlisten(self)
+        self._gradients.unwatch()
+        self._close_forward()
+
+    def end(self) -> None:
+        """Say what never came; nothing is observed any more."""
+        self._say_absent()
+        self._step = None
+
+    # Forwards
+
+    def _before_forward(self, root: nn.Module, *given: Any) -> None:
+        if torch.compiler.is_compiling() or root is not self.root() or not self.is_here():
+            return
+        self.calls += 1
+        running = self._forward
+        if running is not None and running.thread == threading.get_ident():
+            if calls_on_stack(root) > 1:
+                self._depth += 1
+                return
+            self._close_forward()  # KeyboardInterrupt skips the hook that closes it
+        schedule = self.schedule
+        if not root.training:
+            slot = schedule.eval_forward()
+        elif torch.is_grad_enabled():
+            slot = schedule.training_forward()
+        else:
+            slot = schedule.no_grad_forward()
+        if slot is None:
+            return
+        with self.ledger.guard("forward"):
+            if slot.validation or not self._moved_unseen(root):
+                self._observe(root, slot, given)
+
+    def _observe(self, root: nn.Module, slot: Slot, given: tuple[Any, ...]) -> None:
+        elsewhere = self._forward is not None and self._forward.is_alive()
+        if not elsewhere and not is_traced() and not is_running(mc_dropout):
+            self._optimizers.recheck()
+            self._handled, self._depth, self._slot = sys.exc_info()[1], 0, slot
+            self._forward = ObservedForward(
+                root, self.wanted, **slot.due._asdict(), ledger=self.ledger
+            )
+            self._forward.begin(root, given)
+        if not slot.validation and slot.due.scalars:
+            self._gradients.watch(root)
+
+    def _after_forward(self, root: nn.Module, args: Any, output: Any) -> None:
+        """The hook that is called even when the forward of `root` raised."""
+        forward, slot = self._forward, self._slot
+        if forward is None or slot is None or torch.compiler.is_compiling():
+            return
+        if root is not self.root() or forward.thread != threading.get_ident():
+            return
+        if self._depth:
+            self._depth -= 1
+            return
+        with self.ledger.guard("forward"):
+            handled = self._handled
+            self._close_forward()
+            if not self.is_on:
+                self._after.remove()
+            elif sys.exc_info()[1] is handled:  # else it raised: not a whole forward
+                readings = forward.readings(root, output)
+                if slot.validation:
+                    self._keep_validation(slot, readings)
+                else:
+                    self._pool.merge(readings)
+
+    def _keep_validation(self, slot: Slot, readings: Readings) -> None:
+        if not self.schedule.steps:
+            self.recorder.send()
+        slot = self.schedule.validated(slot)
+        self.recorder.add(Pending(slot.step, *slot.due, prefix="val", readings=readings))
+
+    def _close_forward(self) -> None:
+        """Close the forward that is observed in this thread."""
+        if self._forward is not None and self._forward.thread == threading.get_ident():
+            self._forward.close()
+            self._forward = self._handled = None
+
+    def _moved_unseen(self, root: nn.Module) -> bool:
+        """Whether the parameters change although no optimizer step has been seen: said once.
+
+        Once may be weights that were loaded.
+        """
+        if self.schedule.steps:
+            return False
+        with without_modes():
+            if (changed := self._probe.changed(root)) is not None:
+                self._changes.append(Transfer([changed]))
+        while self._changes and self._changes[0].is_done():
+            self._moves += bool(self._changes.popleft().result()[0])
+        # LBFGS moves them too, between the calls of its closure.
+        if self._moves < 2 or steps_on_stack():
+            return False
+        self.ledger.warn_once(
+            "optimizer",
+            "the parameters change, but no torch.optim.Optimizer that holds them has stepped: "
+            "call handle.advance() after each step",
+        )
+        self.schedule.moved_unseen()
+        return True
+
+    # Steps
+
+    def optimizer_begins(self, optimizer: Optimizer) -> None:
+        """A step of `optimizer`, which may be another model's, begins."""
+        if not self._is_seen() or "updates" not in self.wanted.kinds:
+            return
+        root = self.root()
+        if root is not None and self._index(optimizer) is not None:
+            due = self.schedule.optimizer_begins(optimizer, self._replaces(optimizer))
+            if due.scalars:
+                self._gradients.remember(root, optimizer)
+
+    def optimizer_ends(self, optimizer: Optimizer) -> None:
+        """A step of `optimizer` has ended."""
+        if self._is_seen() and self._index(optimizer) is not None:
+            self._count(optimizer)
+
+    def _count(self, optimizer: Optimizer | None) -> None:
+        schedule, again = self.schedule, self._replaces(optimizer)
+        begins = schedule.begins_step(optimizer, again)
+        if begins:
+            self._end_step()
+        slot = schedule.optimizer_ends(optimizer, again, known=len(self._optimizers))
+        if not self.is_on:  # the cadence, which is the user's, has detached
+            return
+        if slot is not None:
+            self._step = Pending(slot.step, *slot.due, stepped=True)
+            self.recorder.add(self._step)
+        pool = self._take()
+        root, step = self.root(), self._step  # which another thread may end
+        if step is not None and root is not None:
+            with self.ledger.guard("optimizer step"):
+                step.readings.merge(pool)
+                self._gradients.measure(
+                    root,
+                    optimizer,
+                    readings=step.readings,
+                    index=(optimizer and self._index(optimizer)) or 0,
+                    steps=schedule.steps - 1,
+                    **schedule.due._asdict(),
+                    others=self._optimizers.held_by_others(optimizer) if begins else None,
+                )
+        self._watch()
+
+    def _end_step(self) -> None:
+        self._close_forward()
+        if self.schedule.steps == 1:
+            self._say_absent()
+        self.recorder.send()
+        self._step = None
+
+    def _watch(self) -> None:
+        root = self.root()
+        if self.schedule.watches and root is not None:
+            self._gradients.watch(root)
+        else:
+            self._gradients.unwatch()
+
+    def _take(self) -> Readings:
+        pool, self._pool = self._pool, Readings()
+        return pool
+
+    def _is_seen(self) -> bool:
+        return self.is_on and self.is_here() and not torch.compiler.is_compiling()
+
+    def _index(self, optimizer: Optimizer) -> int | None:
+        try:
+            return self._optimizers.index(optimizer, self.root())
+        except Exception as error:
+            self.ledger.failed("parameters of the optimizer", error)
+            return None
+
+    def _replaces(self, optimizer: Optimizer | None) -> bool:
+        return self._optimizers.share(optimizer, self.schedule.stepped)
+
+    def _say_absent(self) -> None:
+        say_absent(self.root(), self.wanted, self.ledger, self.calls, self.schedule.steps)
+
+
+# torch tells of the steps of all optimizers in one place, so all attachments listen through one
+# pair of hooks. torch walks over its hooks during a step: none may be taken off before that ends.
+_listeners: list[Wiring] = []
+_hooks: list[RemovableHandle] = []
+
+
+def _listen(wiring: Wiring) -> None:
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+        _hooks.append(register_optimizer_step_post_hook(_after_step))
+    _listeners.append(wiring)
+
+
+def _unlisten(wiring: Wiring) -> None:
+    _listeners.remove(wiring)
+    sweep()
+
+
+def sweep() -> None:
+    """Take the hooks off where nobody listens any more."""
+    if not _listeners and not steps_on_stack():
+        for hook in _hooks:
+            hook.remove()
+        _hooks.clear()
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for wiring in tuple(_listeners):
+        wiring.optimizer_begins(optimizer)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for wiring in tuple(_listeners):
+        wiring.optimizer_ends(optimizer)

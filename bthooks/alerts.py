@@ -63,6 +63,7 @@ class _Episode:
     better: int = 0  # the same, below the threshold
     last: int = -1  # the step of the last check
     alert: Alert | None = None  # while it lasts
+    muted: bool = False  # the numbers of another prefix tell it
 
 
 class Health:
@@ -100,13 +101,23 @@ class Health:
             is_well = all(finding.severity <= 0.5 for finding in findings)
             episode.well = episode.well + 1 if is_well else 0
             if episode.well >= self._checks or episode.better >= _BETTER * self._checks:
-                verdict.cleared.append(episode.alert._replace(cleared=step))
+                if not episode.muted:
+                    verdict.cleared.append(episode.alert._replace(cleared=step))
                 self._episodes[condition] = _Episode(last=step)
         return verdict
 
     def lasting(self) -> list[Alert]:
-        """The alerts of the episodes that last."""
-        return [e.alert for e in self._episodes.values() if e.alert is not None]
+        """The alerts of the episodes that last and are told."""
+        return [e.alert for e in self._episodes.values() if e.alert is not None and not e.muted]
+
+    def mute(self, alert: Alert) -> None:
+        """Leave it to the numbers of another prefix to tell of an episode that began."""
+        self._episodes[alert.condition].muted = True
+
+    def sees(self, alert: Alert) -> bool:
+        """Whether an episode of the same condition and place lasts, told or not."""
+        episode = self._episodes.get(alert.condition, _Episode())
+        return episode.alert is not None and episode.alert.where == alert.where
 
     def resume(self, alert: Alert) -> None:
         """Go on with an episode that an earlier process told."""

@@ -124,16 +124,34 @@ class Outbox:
             health = self._health.setdefault(prefix, Health(self._thresholds, prefix))
             shares, begun, cleared = health.check(figures, number)
             event.scalars |= {f"health/{condition}": share for condition, share in shares.items()}
+            for alert in begun[:]:
+                if self._is_told(alert, prefix):
+                    health.mute(alert)
+                    begun.remove(alert)
             training = self._health.get("")
-            if prefix and training is not None:  # what training tells is not told again
-                begun = [alert for alert in begun if not training.lasts(alert.condition)]
-                cleared = [over for over in cleared if over._replace(cleared=None) in self.alerts]
+            for over in cleared[:]:
+                if prefix and training is not None and training.sees(over):  # there it lasts
+                    health.resume(over._replace(cleared=None))
+                    cleared.remove(over)
             if told := [*begun, *cleared]:
                 event.texts["health/alerts"] = "\n\n".join(map(str, told))
             for over in cleared:
                 self.alerts[self.alerts.index(over._replace(cleared=None))] = over
             self.alerts += begun
             self._untold += begun
+
+    def _is_told(self, alert: Alert, prefix: str) -> bool:
+        """Whether the numbers of another prefix tell it.
+
+        What training tells is not told again of validation, wherever that sees it; and a place that
+        validation was the first to see (a fault between two logged steps) not again of training.
+        """
+        return any(
+            other.condition == alert.condition and (other.where == alert.where or not at)
+            for at, health in self._health.items()
+            if at != prefix
+            for other in health.lasting()
+        )
 
     def tell(self) -> None:
         """Tell what began to be wrong, once all is written: what is told may flush or detach."""

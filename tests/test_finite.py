@@ -363,7 +363,9 @@ def test_training_tells_of_another_place_than_validation():
                 model(X)
                 if mode:
                     optimizer.step()
-    places = [(alert.where, alert.step) for alert in handle.alerts if alert.condition == "nonfinite"]
+    places = [
+        (alert.where, alert.step) for alert in handle.alerts if alert.condition == "nonfinite"
+    ]
     assert places == [("1.1", 3), ("0", 4)]
 
 

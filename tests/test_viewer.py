@@ -14,8 +14,9 @@ from torch import nn
 
 import bthooks
 
+from .conftest import DEADLINE
+
 PYTHON = [sys.executable, "-m", "bthooks"]
-DEADLINE = 600  # s: with both cores busy, what takes 3 s alone takes a minute
 
 
 def run(*arguments, **environment):

@@ -5,16 +5,19 @@
 | run | what is done to it | what is told |
 | --- | --- | --- |
 | healthy | nothing | nothing |
-| rate | SGD with momentum and a rate of 0.5 | exploding_gradients |
-| no_warmup | Adam with 0.03 from the first step | attention_logits |
-| saturated | the queries of one layer times 100 | attention_collapse |
+| exploding | the head's gradient times 200 in steps 30 to 39, and clipped | exploding_gradients |
+| shifted | the keys of one layer moved by 1000 at step 30 | attention_logits |
+| saturated | the queries of one layer, which is frozen, times 1000 | attention_collapse |
 | depth | 16 sigmoid layers | vanishing_gradients |
 | nan | log of what may be negative, from step 30 on | nonfinite |
-| root | a square root at 0: the loss is finite, its gradient is not | nonfinite_gradients |
-| normalized | every layer's gradient scaled to the norm 1 | collapsed_gradients |
-| dead | a ReLU whose bias is far below 0 | dead_activations |
-| schedule | a rate that is at 0 half-way | learning_rate |
-| confident | twenty times the logits when evaluated | miscalibration |
+| root | a square root at 0: its gradient is inf, then all is NaN | nonfinite_gradients, nonfinite |
+| normalized | every parameter's gradient scaled to the norm 0.1 | collapsed_gradients |
+| dead | a ReLU whose bias is far below 0 | dead_activations, vanishing_gradients |
+| schedule | a rate that is 0 from step 75 on | learning_rate |
+| confident | validated with twenty times the logits and half of the labels wrong | miscalibration |
+
+Every fault is planted, and does not wait for training to diverge: where that leads hangs on the
+last bit of each product, and so on the processor.
 """
 
 import argparse
@@ -28,7 +31,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import bthooks
 
-STEPS, WIDTH = 150, 32
+STEPS, FAULT, WIDTH = 100, 30, 32
 
 
 class Block(nn.Module):
@@ -72,7 +75,7 @@ class Deep(nn.Module):
 
 
 class Broken(nn.Module):
-    """What it wraps, and `function` of the result from step 30 on."""
+    """What it wraps, and `function` of the result from step FAULT on."""
 
     def __init__(self, inner: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -81,11 +84,11 @@ class Broken(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.forwards += self.training
         y = self.inner(x)
-        return self.function(y) if self.forwards > 30 else y
+        return self.function(y) if self.forwards > FAULT else y
 
 
 def normalize(gradient: Tensor) -> Tensor:
-    return gradient / gradient.norm().clamp_min(1e-12)
+    return 0.1 * gradient / gradient.norm().clamp_min(1e-12)
 
 
 def train(name: str, log_dir: str, backend: str) -> bthooks.Handle:
@@ -97,13 +100,14 @@ def train(name: str, log_dir: str, backend: str) -> bthooks.Handle:
     optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     warmup = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
     capture = None
-    if name == "rate":
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-    elif name == "no_warmup":
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    if name == "exploding":
+        for parameter in model.head.parameters():
+            parameter.register_hook(lambda g: g * 200 if FAULT <= handle.step < FAULT + 10 else g)
     elif name == "saturated":
-        with torch.no_grad():
-            model.blocks[1].attention.in_proj_weight[:WIDTH] *= 100
+        first = model.blocks[0]  # frozen with all before it: its scores stay what they are
+        for frozen in (model.row, model.position, first.norm1, first.attention):
+            frozen.requires_grad_(False)
+        first.attention.in_proj_weight[:WIDTH] *= 1000
     elif name == "nan":
         model.blocks[2].mlp = Broken(model.blocks[2].mlp, torch.log)
     elif name == "root":
@@ -115,7 +119,7 @@ def train(name: str, log_dir: str, backend: str) -> bthooks.Handle:
         nn.init.constant_(model.blocks[0].mlp[0].bias, -100.0)
         capture = ("attention", "gradients", "learning_rate", "activations")
     elif name == "schedule":
-        warmup = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / (STEPS // 2)))
+        warmup = LambdaLR(optimizer, lambda step: float(step < 75))
 
     with bthooks.make_writer(log_dir, name, backend=backend) as writer:
         handle = bthooks.attach(
@@ -126,21 +130,30 @@ def train(name: str, log_dir: str, backend: str) -> bthooks.Handle:
             loss = F.cross_entropy(model.train()(images[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()
+            if name == "exploding":
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             bthooks.log_metrics(writer, {"loss": loss}, handle.step)
             optimizer.step()
             warmup.step()
-            if handle.step % 25 == 0:
+            if name == "shifted" and handle.step == FAULT:
+                with torch.no_grad():  # a softmax does not see it: what all keys share cancels out
+                    model.blocks[1].attention.in_proj_bias[WIDTH : 2 * WIDTH] += 1000
+            if handle.step % 50 == 0:
                 with torch.no_grad():
-                    logits = model.eval()(images[1500:]) * (20 if name == "confident" else 1)
+                    logits = model.eval()(images[1500:])
+                targets = labels[1500:].clone()
+                if name == "confident":
+                    logits = 20 * logits
+                    targets[::2] = (targets[::2] + 1) % 10
                 if logits.isfinite().all():
                     bthooks.log_calibration(
-                        writer, logits.softmax(-1), labels[1500:], handle.step - 1, prefix="val"
+                        writer, logits.softmax(-1), targets, handle.step - 1, prefix="val"
                     )
         handle.detach()
     return handle
 
 
-NAMES = ("healthy", "rate", "no_warmup", "saturated", "depth", "nan", "root", "normalized")
+NAMES = ("healthy", "exploding", "shifted", "saturated", "depth", "nan", "root", "normalized")
 NAMES += ("dead", "schedule", "confident")
 
 

@@ -1,5 +1,6 @@
 """What the tests share: event files read back."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +10,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util import tensor_util
 
 # The models are small: where cores are shared, a second thread spins 10 times longer than it works.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("BTHOOKS_TEST_THREADS", "1")))
+
+# Seconds that a test waits at most, for what it asks of a program that it started: with both cores
+# busy, what takes 3 s alone took 50.
+DEADLINE = 600
 
 BACKENDS = ("torch", "tensorboardX")
 

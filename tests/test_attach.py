@@ -18,7 +18,7 @@ from torch.optim import optimizer as torch_optimizer
 import bthooks
 from bthooks import attach
 
-from .conftest import read
+from .conftest import DEADLINE, read
 from .models import Transformer, batch, entropy
 
 
@@ -547,7 +547,7 @@ if child == 0:
     sys.exit(0)
 assert os.waitpid(child, 0)[1] == 0
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=DEADLINE)
 
 
 def test_a_model_that_overrides_parameters_is_known(tmp_path):

@@ -11,7 +11,7 @@ import torch
 
 import bthooks
 
-from .conftest import BACKENDS, read
+from .conftest import BACKENDS, DEADLINE, read
 from .models import Transformer, batch
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -79,7 +79,7 @@ def served(request, tmp_path_factory):
         pytest.warns(RuntimeWarning, match="exploding_gradients"),
     ):
         log(writer)
-    command = [sys.executable, "-m", "bthooks", str(directory), "--port", "6106"]
+    command = [sys.executable, "-m", "bthooks", str(directory)]
     viewer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     line = next(line for line in viewer.stdout if line.startswith("http"))
     yield directory, line.split()[0]
@@ -105,7 +105,7 @@ def test_a_tab_shows_what_was_logged(tab, served, browser):
     expected = [pattern.replace("{entropy}", f"{entropy:.4g}") for pattern in TABS[tab]]
     browser.get("about:blank")
     browser.get(f"{address}#{tab}")
-    until = time.monotonic() + 60
+    until = time.monotonic() + DEADLINE
     while missing := [p for p in expected if not re.search(p, browser.execute_script(TEXT))]:
         assert time.monotonic() < until, (missing, browser.execute_script(TEXT))
         time.sleep(0.5)

@@ -8,6 +8,7 @@ from .conftest import read
 SCRIPT = Path(__file__).parent.parent / "examples" / "digits.py"
 
 
+@pytest.mark.trains
 def test_the_main_example_in_short(tmp_path, backend, capsys):
     spec = importlib.util.spec_from_file_location("digits", SCRIPT)
     digits = importlib.util.module_from_spec(spec)
@@ -25,7 +26,7 @@ def test_the_main_example_in_short(tmp_path, backend, capsys):
     assert rates[0] < max(rates) > rates[-1]
     assert run.value("hparams/upright_accuracy", 0) == pytest.approx(figures["upright_accuracy"])
     assert run.value("test/upright/accuracy", 66) == pytest.approx(figures["upright_accuracy"])
-    assert figures["upright_accuracy"] > 0.3
+    assert figures["upright_accuracy"] > 0.3  # 0.1 by chance; it is 0.84 to 0.89 by then
     assert not any("alerts" in tag for tag in run.texts)
     for name in ("before", "after"):
         ece = run.value(f"test/{name}_temperature/calibration/ece", 66)

@@ -1,4 +1,5 @@
 import importlib.util
+import math
 import time
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def steps(run):
     }
 
 
+@pytest.mark.trains
 def test_every_number_has_its_steps_and_the_loss_falls(script, whole):
     directory, best = whole
     run = read(directory)
@@ -57,7 +59,7 @@ def test_every_number_has_its_steps_and_the_loss_falls(script, whole):
     assert run.files == 1
 
     losses = [loss for _, loss in run.scalars["val/loss"]]
-    assert losses[-1] < losses[0] - 0.3
+    assert losses[-1] < math.log(script.CHARACTERS) - 1  # of all alike; it is 2.1 below by then
     assert best == pytest.approx(min(losses))
     assert all(norm < 1.0001 for _, norm in run.scalars["gradients/total_norm"])
     rates = dict(run.scalars["learning_rate/0"])

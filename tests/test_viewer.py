@@ -1,3 +1,4 @@
+import contextlib
 import os
 import re
 import signal
@@ -13,6 +14,8 @@ from torch import nn
 
 import bthooks
 
+from .conftest import DEADLINE
+
 PYTHON = [sys.executable, "-m", "bthooks"]
 
 
@@ -20,7 +23,7 @@ def run(*arguments, **environment):
     command = [*PYTHON, *map(str, arguments)]
     environment = os.environ | environment
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, env=environment
+        command, capture_output=True, text=True, timeout=DEADLINE, check=False, env=environment
     )
 
 
@@ -163,30 +166,35 @@ def test_nonsense_is_refused_and_help_is_complete(tmp_path):
         assert option in told.stdout
 
 
-def test_it_serves_on_the_next_port_until_ctrl_c(tmp_path):
+def test_it_serves_beside_another_program_until_ctrl_c(tmp_path):
     trained(tmp_path, "torch")
-    with socket.create_server(("localhost", 0)) as other:
-        taken = other.getsockname()[1]
-        command = [*PYTHON, str(tmp_path), "--port", str(taken)]
-        flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+    until = time.monotonic() + DEADLINE
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # it is taken anyway
+            stack.enter_context(socket.create_server(("localhost", 6006)))
         viewer = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, creationflags=flags
+            [*PYTHON, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
-        try:
-            said = viewer.stdout.readline() + viewer.stdout.readline()
-            found = re.fullmatch(
-                rf"port {taken} is taken: (\d+) instead\n(http://localhost:\1/) shows .*\n", said
-            )
-            assert found, said + viewer.stderr.read()
-            assert int(found[1]) > taken
-            for _ in range(30):
-                tags = urllib.request.urlopen(f"{found[2]}data/plugin/scalars/tags").read()
-                if b"train/loss" in tags:
-                    break
-                time.sleep(1)
-            assert b"train/loss" in tags
-            viewer.send_signal(getattr(signal, "CTRL_C_EVENT", signal.SIGINT))
-            assert viewer.wait(timeout=20) == 0
-            assert viewer.stderr.read() == ""
-        finally:
-            viewer.kill()
+        stack.callback(viewer.kill)
+        line = next((line for line in viewer.stdout if line.startswith("http")), "")
+        found = re.match(r"(http://localhost:(\d+)/) shows ", line)
+        assert found, line + viewer.stderr.read()
+        assert found[2] != "6006"
+        while b"train/loss" not in fetched(f"{found[1]}data/plugin/scalars/tags"):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        viewer.send_signal(getattr(signal, "CTRL_C_EVENT", signal.SIGINT))
+        assert viewer.communicate(timeout=DEADLINE)[1] == ""
+        assert viewer.returncode == 0
+
+
+def fetched(address):
+    """What a server answers; nothing where it does not yet."""
+    try:
+        return urllib.request.urlopen(address, timeout=DEADLINE).read()
+    except OSError:
+        return b""

@@ -85,10 +85,13 @@ class Alerts:
         with self._ledger.guard("health"):
             health = self._health.setdefault(prefix, Health(self._thresholds, prefix))
             shares, begun, cleared = health.check(figures, step)
+            begun = [alert for alert in begun if not self._is_told(alert, prefix)]
+            cleared = [over for over in cleared if over._replace(cleared=None) in self.all]
             training = self._health.get("")
-            if prefix and training is not None:  # what training tells is not told again
-                begun = [alert for alert in begun if not training.lasts(alert.condition)]
-                cleared = [over for over in cleared if over._replace(cleared=None) in self.all]
+            for over in cleared[:]:
+                if prefix and training is not None and training.sees(over):  # there it lasts
+                    health.resume(over._replace(cleared=None))
+                    cleared.remove(over)
             for over in cleared:
                 self.all[self.all.index(over._replace(cleared=None))] = over
             self.all += begun
@@ -105,13 +108,26 @@ class Alerts:
                 with self._ledger.guard("on_alert"):
                     self._on_alert(alert)
 
+    def _is_told(self, alert: Alert, prefix: str) -> bool:
+        """Whether the steps of another prefix tell it.
+
+        What training tells is not told again of validation, wherever that sees it; and a place
+        that validation was the first to see, between two logged steps, not again of training.
+        """
+        return any(
+            other.condition == alert.condition and (other.where == alert.where or not at)
+            for at, other in self._lasting()
+            if at != prefix
+        )
+
+    def _lasting(self) -> list[tuple[str, Alert]]:
+        """What was told and lasts, behind the prefix of its steps."""
+        each = [(prefix, alert) for prefix, h in self._health.items() for alert in h.lasting()]
+        return [(prefix, alert) for prefix, alert in each if alert in self.all]
+
     def state(self) -> list[list[Any]]:
         """Each alert that lasts as plain data, behind the prefix of its steps."""
-        return [
-            [prefix, *alert]
-            for prefix, health in self._health.items()
-            for alert in health.lasting()
-        ]
+        return [[prefix, *alert] for prefix, alert in self._lasting()]
 
     def resume(self, state: Iterable[Sequence[Any]], step: int) -> None:
         """Go on at `step` with what `state` gave; what came after is forgotten."""
@@ -182,13 +198,13 @@ class Health:
         """The alerts of the episodes that last."""
         return [e.alert for e in self._episodes.values() if e.alert is not None]
 
+    def sees(self, alert: Alert) -> bool:
+        """Whether an episode of the same condition and place lasts."""
+        return any(a[:2] == alert[:2] for a in self.lasting())
+
     def resume(self, alert: Alert) -> None:
         """Go on with an episode that an earlier process told."""
         self._episodes[alert.condition] = _Episode(alert=alert)
-
-    def lasts(self, condition: str) -> bool:
-        """Whether an episode of `condition` lasts."""
-        return condition in self._episodes and self._episodes[condition].alert is not None
 
 
 def _alert(condition: str, lasting: Sequence[Finding], step: int) -> Alert:

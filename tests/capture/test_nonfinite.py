@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bthooks
 from bthooks import Thresholds
+from bthooks.__main__ import main
 
 from ..conftest import read
 from ..models import Transformer, batch
@@ -306,6 +307,66 @@ def test_one_alert_for_an_episode(tmp_path):
     assert texts[0].startswith("bthooks: nonfinite: 1.1: step 4: ")
     logged = read(tmp_path).texts
     assert [step for step, _ in logged["health/alerts/text_summary"]] == [4, 10, 12, 16]
+
+
+# Of every second step logged, step 3 is not: validation after it is the first to see the fault.
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("first", ["training", "validation"])
+def test_one_alert_for_a_fault_in_training_and_validation(first, resumed, tmp_path, capsys):
+    model = chain(Breaking(BREAKS["nan"]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    quiet = Thresholds(vanishing=0, exploding=math.inf)
+    began, found = {"training": 4, "validation": 3}[first], []
+
+    def train(handle, steps):
+        for step in steps:
+            for mode, broken in (True, began <= step < 13), (False, began <= step < 8):
+                model.train(mode)[1][1].on = broken
+                loss = F.relu(model(X)).sum()
+                if mode:
+                    loss.backward()
+                    for parameter in model.parameters():
+                        parameter.grad.nan_to_num_(0.0)
+                    optimizer.step()
+        handle.flush()
+        found.append([(a.condition, a.where, a.step, a.cleared) for a in handle.alerts])
+        return handle.state_dict()
+
+    told = []
+    options = {"every": 2, "thresholds": quiet, "on_alert": told.append}
+    with bthooks.make_writer(tmp_path, "run") as writer:
+        handle = bthooks.attach(model, writer, **options)
+        state = train(handle, range(11))
+        assert main([str(tmp_path), "--report"]) == 1  # it lasts in training
+        assert capsys.readouterr().out.endswith("runs: 1, open alerts: 1\n")
+        if resumed:
+            handle.detach()
+            handle = bthooks.attach(model, writer, **options)
+            handle.load_state_dict(state)
+        train(handle, range(11, 20))
+        handle.detach()
+    assert found[0] == [("nonfinite", "1.1", began, None)]
+    assert found[1] in [[("nonfinite", "1.1", began, over)] for over in (16, 17)]
+    assert [alert.step for alert in told] == [began]
+    assert main([str(tmp_path), "--report"]) == 0
+    assert "over  nonfinite: 1.1" in capsys.readouterr().out
+
+
+def test_training_tells_of_another_place_than_validation():
+    model = chain(Breaking(BREAKS["nan"]), Breaking(BREAKS["nan"]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    with bthooks.attach(model, None, every=2) as handle:
+        for step in range(6):
+            for mode in True, False:
+                model.train(mode)
+                model[0].on, model[1][1].on = mode and step > 3, step > 2 and not mode
+                model(X)
+                if mode:
+                    optimizer.step()
+    places = [
+        (alert.where, alert.step) for alert in handle.alerts if alert.condition == "nonfinite"
+    ]
+    assert places == [("1.1", 3), ("0", 4)]
 
 
 def test_a_callback_that_raises_costs_nothing(tmp_path):

@@ -17,7 +17,7 @@ from bthooks.names import distinct, tag, tags
 from bthooks.record.backend import write
 from bthooks.record.event import Event
 
-from ..conftest import BACKENDS, read
+from ..conftest import BACKENDS, DEADLINE, read
 
 
 def test_a_run_is_one_file_in_its_folder(tmp_path, backend):
@@ -137,7 +137,7 @@ for step in range(2):
 path.detach(); given.detach()
 """
     ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank)]) for rank in range(2)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=DEADLINE) for rank in ranks] == [0, 0]
     for name in ("run", "path", "early0"):
         run = read(tmp_path / name)
         assert run.files == 1
@@ -212,7 +212,8 @@ def test_importing_bthooks_imports_no_backend():
 def test_the_newest_file_is_the_one_that_a_closed_writer_goes_on_in(tmp_path):
     with make_writer(tmp_path, "run") as old:
         pass
-    time.sleep(0.01)
+    (path,) = (tmp_path / "run").iterdir()
+    os.utime(path, (0, 0))
     with make_writer(tmp_path, "run") as new:
         pass
     older, newer = sorted((tmp_path / "run").iterdir(), key=os.path.getmtime)

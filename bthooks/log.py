@@ -13,22 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .checks import (
-    checked_hparam,
-    checked_model,
-    checked_number,
-    checked_probabilities,
-    checked_step,
-    checked_values,
-    checked_weights,
-)
+from . import checks
 from .handle import attachments
 from .health.conditions import Figures
 from .measure.attention import sums_of_weights
 from .measure.calibration import (
     calibration_bins,
     calibration_of,
-    checked_classes,
     error_by_chance,
     ranking_stats,
 )
@@ -65,9 +56,8 @@ def log_metrics(
     """
     if writer is None:
         return
-    if not isinstance(metrics, Mapping):
-        raise TypeError(f"log_metrics: metrics are a dict of numbers, got {type(metrics).__name__}")
-    scalars = {name: checked_number("log_metrics", name, value) for name, value in metrics.items()}
+    checks.instance("log_metrics: metrics are a dict of numbers", metrics, Mapping)
+    scalars = {name: checks.number("log_metrics", name, value) for name, value in metrics.items()}
     _record(writer, Readings(scalars), step, prefix)
 
 
@@ -111,7 +101,7 @@ def log_gradients(writer: Writer | None, model: nn.Module, step: int, *, prefix:
         isinstance(model, nn.Module) and any(map(is_sharded, model.parameters()))
     ):
         return
-    norms = gradient_norms(checked_model("log_gradients", model))  # every rank's, if sharded
+    norms = gradient_norms(checks.model("log_gradients", model))  # every rank's, if sharded
     if writer is None:
         return
     if not norms:
@@ -157,7 +147,7 @@ def log_attention_stats(
     """
     if writer is None:
         return
-    attention_weights = checked_weights(attention_weights)
+    attention_weights = checks.weights("log_attention_stats", attention_weights)
     readings = Readings(attention={name: sums_of_weights(attention_weights)})
     event = compose(read(readings))
     if attention_entropy is not None:
@@ -167,7 +157,7 @@ def log_attention_stats(
                 f"log_attention_stats: attention_entropy has mean {entropy}, expected nats >= 0"
             )
         event.scalars[f"attention/entropy/{name}"] = entropy
-    write(writer, prefixed(event, prefix), checked_step(step))
+    write(writer, prefixed(event, prefix), checks.whole("log_attention_stats", "step", step))
 
 
 def log_uncertainty_metrics(
@@ -195,14 +185,11 @@ def log_uncertainty_metrics(
     """
     if writer is None:
         return
-    found = {"epistemic": epistemic} | ({} if aleatoric is None else {"aleatoric": aleatoric})
-    values = {kind: checked_values("log_uncertainty_metrics", kind, v) for kind, v in found.items()}
-    for kind, value in values.items():
-        if value.numel() == 0 or value.is_complex() or value.shape != values["epistemic"].shape:
-            raise ValueError(
-                f"log_uncertainty_metrics: {kind} has shape {tuple(value.shape)} and dtype "
-                f"{value.dtype}, expected real numbers, both kinds of one shape, not empty"
-            )
+    where = "log_uncertainty_metrics"
+    values = {"epistemic": checks.reals(where, "epistemic", epistemic)}
+    if aleatoric is not None:
+        shape = values["epistemic"].shape
+        values["aleatoric"] = checks.reals(where, "aleatoric", aleatoric, shape)
     _record(writer, uncertainties(values), step, prefix)
 
 
@@ -248,10 +235,9 @@ def log_calibration(
     if writer is None:
         return
     where = "log_calibration"
-    p = checked_values(where, "probabilities", probabilities).detach()
-    true = checked_values(where, "targets", targets).detach()
-    checked_classes(where, p, true)
-    checked_probabilities(where, p, true)
+    p = checks.values(where, "probabilities", probabilities)
+    true = checks.values(where, "targets", targets)
+    checks.probabilities(where, p, true)
     if lost := int(p.isnan().any(-1).sum()):
         warnings.warn(
             f"bthooks.{where}: {lost} of {true.numel()} rows of probabilities are NaN; nothing of "
@@ -262,12 +248,7 @@ def log_calibration(
     bins = calibration_bins(p, true)
     stats = calibration_of(bins)
     if uncertainty is not None:
-        unsure = checked_values(where, "uncertainty", uncertainty)
-        if unsure.shape != true.shape or unsure.is_complex():
-            raise ValueError(
-                f"{where}: uncertainty has the shape of targets, {tuple(true.shape)}, got "
-                f"{tuple(unsure.shape)}"
-            )
+        unsure = checks.reals(where, "uncertainty", uncertainty, true.shape)
         if lost := int(unsure.isnan().sum()):
             warnings.warn(
                 f"bthooks.{where}: {lost} of {true.numel()} values of uncertainty are NaN; it is "
@@ -283,9 +264,9 @@ def log_calibration(
     for handle in attachments():
         if handle.writer is writer:
             figures = Figures(event.scalars, chance=float(error_by_chance(bins)))
-            handle.judge(event, figures, checked_step(step), prefix)
+            handle.judge(event, figures, checks.whole(where, "step", step), prefix)
             break
-    write(writer, prefixed(event, prefix), checked_step(step))
+    write(writer, prefixed(event, prefix), checks.whole(where, "step", step))
 
 
 def log_model_histograms(
@@ -303,7 +284,7 @@ def log_model_histograms(
     """
     if writer is None:
         return
-    names = parameter_names(checked_model("log_model_histograms", model))
+    names = parameter_names(checks.model("log_model_histograms", model))
     _record(writer, Readings(histograms=parameter_histograms(names)), step, prefix)
 
 
@@ -321,12 +302,9 @@ def log_activations(
     """
     if writer is None:
         return
-    if not isinstance(activations, Mapping):
-        raise TypeError(
-            f"log_activations: activations are a dict of tensors, got {type(activations).__name__}"
-        )
+    checks.instance("log_activations: activations are a dict of tensors", activations, Mapping)
     found = {
-        f"activations/{name}": histogram(checked_values("log_activations", name, values))
+        f"activations/{name}": histogram(checks.values("log_activations", name, values))
         for name, values in activations.items()
     }
     _record(writer, Readings(histograms=found), step, prefix)
@@ -343,11 +321,12 @@ def log_text(writer: Writer | None, tag: str, text: str, step: int, *, prefix: s
     """
     if writer is None:
         return
-    if not isinstance(text, str):
-        raise TypeError(f"log_text: the text of tag {tag!r} is a str, got {type(text).__name__}")
+    checks.instance(f"log_text: the text of tag {tag!r} is a str", text, str)
     if not isinstance(tag, str) or not tag.strip("/"):
         raise TypeError(f"log_text: a tag is a non-empty str, got {tag!r}")
-    write(writer, prefixed(Event(texts={tag: text}), prefix), checked_step(step))
+    write(
+        writer, prefixed(Event(texts={tag: text}), prefix), checks.whole("log_text", "step", step)
+    )
 
 
 def log_hparams(
@@ -371,16 +350,15 @@ def log_hparams(
     if writer is None:
         return
     for what, given in (("hparams", hparams), ("metrics", metrics)):
-        if not isinstance(given, Mapping):
-            raise TypeError(f"log_hparams: {what} are a dict, got {type(given).__name__}")
-    numbers = {name: checked_number("log_hparams", name, value) for name, value in metrics.items()}
+        checks.instance(f"log_hparams: {what} are a dict", given, Mapping)
+    numbers = {name: checks.number("log_hparams", name, value) for name, value in metrics.items()}
     event = compose(read(Readings(numbers)))
     write_hparams(
         writer,
-        {str(name): checked_hparam(value) for name, value in hparams.items()},
+        {str(name): checks.hparam(value) for name, value in hparams.items()},
         prefixed(event, tag(prefix, "hparams")).scalars,
     )
 
 
 def _record(writer: Writer | None, readings: Readings, step: int, prefix: str) -> None:
-    write(writer, prefixed(compose(read(readings)), prefix), checked_step(step))
+    write(writer, prefixed(compose(read(readings)), prefix), checks.whole("log_*", "step", step))

@@ -5,10 +5,11 @@ and ranks by adding. Out: one value per statistic.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from .. import checks
 
 BINS = 15
 _LEAST = torch.finfo(torch.float64).eps  # a probability below counts as it, as in scikit-learn
@@ -58,9 +59,8 @@ def calibration_bins(probabilities: Tensor, targets: Tensor, bins: int = BINS) -
     >>> torch.allclose(halves, calibration_bins(p, targets))
     True
     """
-    checked_classes("calibration", probabilities, targets)
-    if not isinstance(bins, int) or bins < 1:
-        raise ValueError(f"calibration: bins is a whole number from 1, got {bins!r}")
+    checks.classes("calibration", probabilities, targets)
+    checks.whole("calibration", "bins", bins, 1)
     wide = torch.float32 if probabilities.device.type == "mps" else torch.float64
     p = probabilities.detach().flatten(0, -2).to(wide)  # (N, C)
     target = targets.detach().flatten().to(p.device, torch.int64)[:, None]
@@ -78,24 +78,6 @@ def calibration_bins(probabilities: Tensor, targets: Tensor, bins: int = BINS) -
     return torch.zeros(bins, 5, dtype=wide, device=p.device).index_add_(
         0, index, torch.stack(columns, dim=1) * counts
     )
-
-
-def checked_classes(where: str, probabilities: Any, targets: Any) -> None:
-    """Refuse what is no probabilities of classes and the true ones; no value is read."""
-    for name, given in (("probabilities", probabilities), ("targets", targets)):
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{where}: {name} are a tensor, got {type(given).__name__}")
-    p, true = probabilities, targets
-    if p.dim() < 2 or p.shape[-1] < 2 or p.shape[:-1] != true.shape or not p.numel():
-        raise ValueError(
-            f"{where}: probabilities have shape (batch, classes) and targets (batch), got "
-            f"{tuple(p.shape)} and {tuple(true.shape)}; of two classes: torch.stack([1 - p, p], -1)"
-        )
-    if not p.is_floating_point() or true.is_floating_point() or true.is_complex():
-        raise TypeError(
-            f"{where}: probabilities are floats and targets class indices, got {p.dtype} and "
-            f"{true.dtype}"
-        )
 
 
 @torch.no_grad()

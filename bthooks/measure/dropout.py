@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree
 
-from ..checks import checked_model
+from .. import checks
 
 _NORM = nn.modules.batchnorm._NormBase  # of batches and of instances: with running statistics
 
@@ -47,9 +47,8 @@ def mc_dropout(model: nn.Module, *inputs: Any, samples: int = 16, **keywords: An
         TypeError: `model` is no module, or returns neither tensors nor a dict, tuple, list or
             dataclass of them.
     """
-    checked_model("mc_dropout", model)
-    if not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"mc_dropout: samples is a whole number from 1, got {samples!r}")
+    checks.model("mc_dropout", model)
+    checks.whole("mc_dropout", "samples", samples, 1)
     drawn = []
     with _dropping(model, (inputs, keywords)), torch.no_grad():
         for _ in range(samples):

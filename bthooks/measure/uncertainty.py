@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
+
 KEYS = {
     "epistemic": ("epistemic_uncertainty", "epistemic"),
     "aleatoric": ("aleatoric_uncertainty", "aleatoric"),
@@ -52,29 +54,15 @@ def decompose_uncertainty(
         ValueError: the shapes are others.
         TypeError: what is given is no real tensor.
     """
-    where = "decompose_uncertainty"
-    for given in (probabilities, mean, variance):
-        if given is not None and (not isinstance(given, Tensor) or given.is_complex()):
-            raise TypeError(f"{where}: expected real tensors, got {type(given).__name__}")
-    if (probabilities is None) == (mean is None):
-        raise ValueError(f"{where}: give either probabilities, or mean= (and variance=)")
+    given = {"probabilities": probabilities, "mean": mean, "variance": variance}
+    checks.samples("decompose_uncertainty", given)
     if probabilities is not None:
-        if probabilities.dim() < 2 or not probabilities.numel() or variance is not None:
-            raise ValueError(
-                f"{where}: probabilities have shape (samples, batch, classes) and no variance, got "
-                f"{tuple(probabilities.shape)}; one sample alone is probabilities[None]"
-            )
         p = _wide(probabilities)
         # Below 0 where rounding made a probability greater than 1.
         total = torch.special.entr(p.mean(0)).sum(-1).clamp(min=0)
         aleatoric = torch.special.entr(p).sum(-1).clamp(min=0).mean(0).minimum(total)
         return {"total": total, "aleatoric": aleatoric, "epistemic": total - aleatoric}
     assert mean is not None
-    if mean.dim() < 1 or not mean.numel() or not (variance is None or variance.shape == mean.shape):
-        raise ValueError(
-            f"{where}: mean and variance have shape (samples, batch, ...), got {tuple(mean.shape)} "
-            f"and {None if variance is None else tuple(variance.shape)}"
-        )
     means = _wide(mean)
     epistemic = means.var(0, correction=0)
     aleatoric = torch.zeros_like(epistemic) if variance is None else _wide(variance).mean(0)

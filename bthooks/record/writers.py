@@ -17,12 +17,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..health.dashboard import Layout
 from ..measure.histograms import Histogram, raw
 from ..names import tags
 from .backlog import settle, wait_for_room, wait_until
 
-_PACKAGES = {"torch": "torch.utils.tensorboard", "tensorboardX": "tensorboardX"}
+BACKENDS = {"torch": "torch.utils.tensorboard", "tensorboardX": "tensorboardX"}
 
 
 class Writer(Protocol):
@@ -59,13 +60,6 @@ def prefixed(event: Event, prefix: str) -> Event:
     return replace(Event(*parts), layout=event.layout)
 
 
-def check_backend(backend: str) -> str:
-    """`backend`, if there is one of that name."""
-    if backend not in _PACKAGES:
-        raise ValueError(f'backend={backend!r}: expected "torch" or "tensorboardX"')
-    return backend
-
-
 def make_writer(
     log_dir: str | os.PathLike[str] = "runs",
     experiment: str | None = None,
@@ -94,17 +88,10 @@ def make_writer(
     >>> with make_writer(tempfile.mkdtemp(), "first", backend="tensorboardX") as writer:
     ...     writer.add_scalar("train/loss", 0.5, 0)
     """
-    check_backend(backend)
+    checks.one_of("make_writer", "backend", backend, BACKENDS)
     root = Path(log_dir)
     if experiment is not None:
-        if not isinstance(experiment, str):
-            raise TypeError(f"make_writer: experiment is a str or None, got {experiment!r}")
-        run = Path(os.path.normpath(experiment))
-        if run.is_absolute() or run.parts[:1] in ((), ("..",)):
-            raise ValueError(
-                f"make_writer: experiment={experiment!r} does not name a folder inside "
-                f"log_dir={str(log_dir)!r}; give a plain name, and the place as log_dir"
-            )
+        run = checks.experiment("make_writer", root, experiment)
     if not is_main_rank():
         return None
     if experiment is None:
@@ -116,7 +103,7 @@ def open_writer(
     directory: Path, backend: str, *, purge_step: int | None = None, **options: Any
 ) -> Any:
     """Open a SummaryWriter whose event file lies directly in `directory`."""
-    package = _PACKAGES[check_backend(backend)]
+    package = BACKENDS[backend]
     try:
         SummaryWriter = importlib.import_module(package).SummaryWriter
     except ImportError as error:
@@ -240,7 +227,7 @@ def _package(writer: Any, *methods: str) -> str | None:
     """The backend whose file writer can be used, since no subclass changed its `methods`."""
     kind = type(writer)
     for base in kind.__mro__:
-        for package in _PACKAGES.values():
+        for package in BACKENDS.values():
             if base.__name__ == "SummaryWriter" and base.__module__ == f"{package}.writer":
                 own = all(getattr(kind, name) is getattr(base, name) for name in methods)
                 return package if own else None

@@ -16,9 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from .capture.forward import Window
 from .capture.gradients import Updates
-from .measure.dropout import mc_dropout
 from .measure.readings import Readings, uncertainties
-from .measure.uncertainty import find_uncertainties
+from .measure.uncertainty import find_uncertainties, mc_dropout
 from .record.recorder import Batch, Outbox
 from .report import Ledger
 from .steps import Due, Optimizers, Probe, Steps

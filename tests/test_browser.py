@@ -79,7 +79,7 @@ def served(request, tmp_path_factory):
         pytest.warns(RuntimeWarning, match="exploding_gradients"),
     ):
         log(writer)
-    command = [sys.executable, "-m", "bthooks", str(directory), "--port", "6106"]
+    command = [sys.executable, "-m", "bthooks", str(directory)]
     viewer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     line = next(line for line in viewer.stdout if line.startswith("http"))
     yield directory, line.split()[0]

@@ -26,6 +26,8 @@ KEYS = {
     "aleatoric": ("aleatoric_uncertainty", "aleatoric"),
     "total": ("uncertainty",),
 }
+"""By kind, the names that a model's output may hold it under."""
+
 _NORM = nn.modules.batchnorm._NormBase  # batch and instance norm: they have running statistics
 
 

@@ -82,7 +82,6 @@ def make_writer(
     Raises:
         ValueError: `backend` is neither of the two, or `experiment` leaves `log_dir`.
         TypeError: that SummaryWriter has no such option.
-        ImportError: the backend's package is missing.
 
     >>> import tempfile
     >>> with make_writer(tempfile.mkdtemp(), "first", backend="tensorboardX") as writer:
@@ -104,11 +103,7 @@ def open_writer(
 ) -> Any:
     """Open a SummaryWriter whose event file lies directly in `directory`."""
     package = BACKENDS[backend]
-    try:
-        SummaryWriter = importlib.import_module(package).SummaryWriter
-    except ImportError as error:
-        missing = "tensorboard" if backend == "torch" else "tensorboardX"
-        raise ImportError(f"backend={backend!r} needs {missing}: pip install {missing}") from error
+    SummaryWriter = importlib.import_module(package).SummaryWriter
     unknown = options.keys() - inspect.signature(SummaryWriter).parameters.keys()
     if unknown:
         raise TypeError(f"{package}.SummaryWriter has no option {', '.join(sorted(unknown))}")

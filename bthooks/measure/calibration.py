@@ -1,7 +1,7 @@
 """Calibration: whether a model is right as often as it says. Pure.
 
-In: probabilities and the true classes. Between: `bins (bins, 5)`, float64, which merge over batches
-and ranks by adding. Out: one value per statistic.
+An error of calibration is not the mean of those of its batches, so each batch gives sums per bin of
+confidence, `(bins, 5)`: added over batches and ranks they give the statistics of them all.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import checks
 
 BINS = 15
-_LEAST = torch.finfo(torch.float64).eps  # a probability below counts as it, as in scikit-learn
+_LEAST = torch.finfo(torch.float64).eps  # the least probability in a log, as in scikit-learn
 
 
 def calibration_stats(
@@ -22,13 +22,14 @@ def calibration_stats(
 
     Args:
         probabilities: `(batch, classes)`, or with further dimensions between; not logits.
-        targets: `(batch)`, class indices; what is none, as -100 for padding, counts nothing.
-        bins: as many of equal width, [0, 1/bins) to [1 - 1/bins, 1]; empty ones count nothing.
+        targets: `(batch)`, class indices; rows whose target is no class, as -100 for padding, are
+            left out.
+        bins: how many, of equal width: [0, 1/bins) to [1 - 1/bins, 1]; empty ones are left out.
 
     | name | what |
     | --- | --- |
-    | `ece` | expected calibration error: mean abs(accuracy - confidence), bins by their counts |
-    | `mce` | maximum calibration error: the largest of them |
+    | `ece` | expected calibration error: abs(accuracy - confidence), mean of the bins by count |
+    | `mce` | maximum calibration error: that of the worst bin |
     | `brier` | mean of the squared distance to the true class, 0 to 2 |
     | `nll` | nats: mean of -log p(true class) |
     | `accuracy`, `confidence` | fraction that is right; mean probability of the predicted class |
@@ -41,8 +42,8 @@ def calibration_stats(
     (0.4, 0.3)
 
     Raises:
-        ValueError: the shapes are others, or `bins` is below 1.
-        TypeError: probabilities are no tensor of floats, targets none of whole numbers.
+        ValueError: other shapes, or `bins` is no whole number from 1.
+        TypeError: probabilities are no tensor of floats, or targets none of whole numbers.
     """
     return calibration_of(calibration_bins(probabilities, targets, bins))
 
@@ -104,10 +105,11 @@ def calibration_of(bins: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def error_by_chance(bins: Tensor) -> Tensor:
-    """The `ece` that chance alone may make, if each bin is right as often as it says, 0-d.
+    """The `ece` that a perfectly calibrated model may have by chance, 0-d.
 
-    Over 32 samples that of a perfect model is 0.2 on average. How many of a bin are right is close
-    to normal around what it says: the mean of that distance, and twice its deviation.
+    Over 32 samples it has 0.2 on average. How many in a bin are right is close to normally
+    distributed around what its confidence says: this is the mean of abs(that distance), and two
+    standard deviations more.
     """
     count, confidence = bins[:, 0], bins[:, 1]
     mean = (confidence / count.clamp(min=1)).clamp(0, 1)

@@ -18,10 +18,9 @@ from .log import (
 )
 from .measure.attention import attention_stats
 from .measure.calibration import calibration_bins, calibration_of, calibration_stats
-from .measure.dropout import mc_dropout
 from .measure.gradients import gradient_norms
 from .measure.histograms import Histogram, histogram
-from .measure.uncertainty import decompose_uncertainty
+from .measure.uncertainty import decompose_uncertainty, mc_dropout
 from .record.writers import Writer, make_writer
 from .report import Report
 

@@ -1,17 +1,25 @@
-"""The viewer: `python -m bthooks [LOGDIR]` starts TensorBoard, with `--report` prints instead."""
+"""`python -m bthooks [LOGDIR]`: arguments, and TensorBoard's own program.
+
+TensorBoard is started in this process and not as a command, so that it is the one of this
+environment, reads more points of a tag than by default, and says one line. Without a port it looks
+for a free one itself, from 6006 on.
+"""
 
 import argparse
+import contextlib
 import io
 import os
 import sys
+import time
 from pathlib import Path
 
-from .viewer import report, view
+from .runs import missing, report
 
 _EPILOG = """
 Without --report the exit status is 0 when it is stopped with Ctrl-C, and 2 when there is nothing
 to show. With --report it is 0 when no alert is open, 1 when one is, and 2 when there is no run.
 """
+_SAMPLES = {"scalars": 10_000, "histograms": 500, "images": 100, "text": 1000, "hparams": 1000}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,17 +41,20 @@ def main(arguments: list[str] | None = None) -> int:
         help="who may connect: the address to listen on (default: localhost, this machine only)",
     )
     parser.add_argument(
-        "--port", default=6006, type=_port, help="the first port to try (default: 6006)"
+        "--port", type=_port, help="the port to listen on (default: the next free one from 6006)"
     )
     given = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal has no letters for
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if given.report:
-            status = report(given.logdir)
-            sys.stdout.flush()
-            return status
-        return view(given.logdir, given.host, given.port)
+        if told := missing(given.logdir):
+            print(told, file=sys.stderr)
+            return 2
+        if not given.report:
+            return _serve(given.logdir, given.host, given.port)
+        status = report(given.logdir)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 130 if given.report else 0
     except BrokenPipeError:  # of `| head`, say; Python writes what is left at its end
@@ -56,6 +67,27 @@ def _port(given: str) -> int:
     if not 0 < port < 1 << 16:
         raise argparse.ArgumentTypeError(f"a port is a number from 1 to 65535, got {given}")
     return port
+
+
+def _serve(logdir: Path, host: str, port: int | None) -> int:
+    """Show `logdir` until Ctrl-C."""
+    from tensorboard import program
+
+    said = io.StringIO()  # a note on its loader; and why it ends, if it does
+    server = program.TensorBoard()
+    try:
+        with contextlib.redirect_stderr(said):
+            server.configure(logdir=str(logdir), host=host, port=port, samples_per_plugin=_SAMPLES)
+            url = server.launch()
+    except (OSError, UnicodeError, program.TensorBoardServerException, SystemExit) as error:
+        # The web server prints why it can't listen, in the last paragraph, and exits.
+        last = said.getvalue().strip().rpartition("\n\n")[2]
+        why = last if isinstance(error, SystemExit) else error
+        print(f"can't serve on {host}, port {port or '6006 and up'}: {why}", file=sys.stderr)
+        return 2
+    print(f"{url} shows {logdir} (stop with Ctrl-C)", flush=True)
+    while True:
+        time.sleep(1)  # waiting on a lock would not end with Ctrl-C on Windows
 
 
 if __name__ == "__main__":

@@ -1,24 +1,23 @@
 """attach: the one call. It checks its arguments and starts a `Handle`."""
 
-import numbers
-import operator
 import os
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
+from . import checks
 from .capture.wanted import KINDS, ON_REQUEST, Wanted
 from .handle import Handle, attached_to
 from .health.alerts import Alert, Alerts
 from .health.conditions import Thresholds
 from .names import Selector, globs, selector
-from .record.backend import is_main_rank
+from .record.backend import PACKAGES, is_main_rank
 from .record.recorder import Recorder
-from .record.writers import Writer, check_backend, open_writer
+from .record.writers import Writer, open_writer
 from .report import Ledger
 from .schedule import Cadence, Schedule
 from .wiring import Wiring
@@ -93,43 +92,26 @@ def attach(
     Raises:
         TypeError, ValueError: an argument is none of what is described here.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"attach: model is a torch.nn.Module, got {type(model).__name__}")
+    checks.model("attach", model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("attach: a scripted model takes no hooks; attach to it unscripted")
-    for name, cadence in (("every", every), ("histograms_every", histograms_every)):
-        if not callable(cadence) and not _is_whole(cadence, 1):
-            raise ValueError(
-                f"attach: {name}={cadence!r}: expected a number of steps, 1 or more, or a "
-                "function of the step; to leave a kind out, name the others in capture="
-            )
-    if attention_rows is not None and not _is_whole(attention_rows, 1):
-        raise ValueError(
-            f"attach: attention_rows={attention_rows!r}: expected 1 or more, or None for all"
-        )
-    if not _is_whole(step, 0):
-        raise ValueError(f"attach: step={step!r}: expected a whole number from 0, below 2**62")
-    if not isinstance(prefix, str):
-        raise TypeError(f"attach: prefix is a str, got {prefix!r}")
-    _check_thresholds(thresholds)
-    if on_alert is not None and not callable(on_alert):
-        raise TypeError(f"attach: on_alert is a function of an Alert, got {on_alert!r}")
-    if on_error not in ("warn", "raise"):
-        raise ValueError(f'attach: on_error={on_error!r}: expected "warn" or "raise"')
-    check_backend(backend)
-    target: Any = writer
-    # The methods first: a mock has __fspath__ too.
-    if writer is None or callable(getattr(writer, "add_scalar", None)):
-        pass
-    elif isinstance(writer, str | os.PathLike):
-        target = Path(writer).absolute()
-    else:
-        raise TypeError(
-            "attach: writer is an object with SummaryWriter's methods, a path or None, got "
-            f"{type(writer).__name__}"
-        )
+    target = checks.target("attach", writer)
+    checks.one_of("attach", "backend", backend, PACKAGES)
+    known = (*KINDS, *ON_REQUEST)
+    kinds = KINDS if capture is None else checks.kinds("attach", capture, known)
+    checks.cadence("attach", "every", every)
+    checks.cadence("attach", "histograms_every", histograms_every)
+    if attention_rows is not None:
+        checks.whole("attach", "attention_rows", attention_rows, 1, "1 or more, or None for all")
+    checks.include("attach", include)
+    checks.instance("attach: prefix is a str", prefix, str)
+    checks.whole("attach", "step", step, 0, "a whole number from 0, below 2**62")
+    checks.thresholds("attach", thresholds, Thresholds)
+    if on_alert is not None:
+        checks.instance("attach: on_alert is a function of an Alert", on_alert, Callable)
+    checks.one_of("attach", "on_error", on_error, ("warn", "raise"))
     wanted = Wanted(
-        KINDS if capture is None else _checked_kinds(capture),
+        kinds,
         by_name=capture is not None,
         selected=selector(include),
         globs=globs(include),
@@ -161,39 +143,3 @@ def attach(
     )
     wiring = Wiring(model, wanted, schedule, recorder, ledger)
     return Handle(model, wiring, target, owns_writer=owns_writer)
-
-
-def _is_whole(value: Any, least: int) -> bool:
-    """Whether `value` is a whole number, numpy's too; True and False are none."""
-    return (
-        not isinstance(value, bool)
-        and hasattr(value, "__index__")
-        and least <= operator.index(value) < 1 << 62
-    )
-
-
-def _check_thresholds(thresholds: Any) -> None:
-    if not isinstance(thresholds, Thresholds):
-        raise TypeError(f"attach: thresholds is a bthooks.Thresholds(...), got {thresholds!r}")
-    for name, value in thresholds._asdict().items():
-        where = f"attach: thresholds has {name}={value!r}"
-        if name == "checks":
-            if not _is_whole(value, 1):
-                raise ValueError(f"{where}: expected a whole number from 1")
-        elif isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{where}: expected a number")
-        elif name in ("vanishing", "collapsed", "entropy", "keys"):
-            if not float(value) >= 0:
-                raise ValueError(f"{where}: expected 0 or more")
-        elif not float(value) > 0:
-            raise ValueError(f"{where}: expected more than 0; math.inf switches the judgement off")
-
-
-def _checked_kinds(capture: Any) -> tuple[str, ...]:
-    known = (*KINDS, *ON_REQUEST)
-    if isinstance(capture, str) or not isinstance(capture, Collection):
-        raise TypeError(f"attach: capture is a sequence of names, got {capture!r}; known: {known}")
-    for kind in capture:
-        if kind not in known:
-            raise ValueError(f"attach: capture has {kind!r}; known: {known}")
-    return tuple(capture)

@@ -1,36 +1,120 @@
-"""Checks: what is given to a function, refused at the call where it is nonsense.
+"""Checks: every refusal of a bad argument.
 
-In: anything. Out: the same in one type, or an error that says what, where, what was got and how to
-mend it.
+Each function returns what it was given, some in one type, or raises an error that says where, what,
+what was got and how to mend it. They are in one place so that the same mistake is told in the same
+words by every function that a user calls.
 """
 
 import numbers
 import operator
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def checked_step(step: int) -> int:
-    """`step` as a whole number from 0."""
+def instance(said: str, value: Any, kind: Any) -> None:
+    """`value` is of `kind`, which `said` names."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{said}, got {type(value).__name__}")
+
+
+def model(where: str, given: nn.Module) -> nn.Module:
+    """A module."""
+    instance(f"{where}: expected a torch.nn.Module", given, nn.Module)
+    return given
+
+
+def whole(where: str, name: str, value: Any, least: int = 0, wanted: str = "") -> int:
+    """A whole number from `least`, also of numpy or in a tensor; True and False are none."""
     try:
-        number = operator.index(step)
+        number = operator.index(value)
     except TypeError:
-        raise TypeError(f"step is a whole number, got {step!r}") from None
-    if number < 0:
-        raise ValueError(f"step counts from 0, got {number}")
+        number = -1
+    if isinstance(value, bool) or not least <= number < 1 << 62:  # an event file holds 63 bits
+        wanted = wanted or f"a whole number from {least}"
+        raise ValueError(f"{where}: {name}={value!r}: expected {wanted}")
     return number
 
 
-def checked_model(where: str, model: nn.Module) -> nn.Module:
-    """`model`, if it is one."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{where}: expected a torch.nn.Module, got {type(model).__name__}")
-    return model
+def cadence(where: str, name: str, value: Any) -> None:
+    """A number of steps, or a function of the step."""
+    wanted = "a number of steps, 1 or more, or a function of the step; to leave a kind out, name"
+    if not callable(value):
+        whole(where, name, value, 1, f"{wanted} the others in capture=")
 
 
-def checked_number(where: str, name: str, value: Any) -> Tensor | float:
+def one_of(where: str, name: str, value: Any, known: Iterable[str]) -> None:
+    """One of the strings that are known."""
+    if value not in (known := tuple(known)):
+        wanted = " or ".join(f'"{one}"' for one in known)
+        raise ValueError(f"{where}: {name}={value!r}: expected {wanted}")
+
+
+def kinds(where: str, given: Any, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of kinds that are known."""
+    if isinstance(given, str) or not isinstance(given, Collection):
+        raise TypeError(f"{where}: capture is a sequence of names, got {given!r}; known: {known}")
+    for kind in given:
+        if kind not in known:
+            raise ValueError(f"{where}: capture has {kind!r}; known: {known}")
+    return tuple(given)
+
+
+def include(where: str, given: Any) -> None:
+    """A selector of names, as `names.selector` takes it."""
+    globs = [] if given is None or callable(given) else given
+    if not isinstance(globs, Sequence) or not all(isinstance(glob, str) for glob in globs):
+        raise TypeError(
+            f"{where}: include= takes a glob such as 'layers.*', a sequence of globs or a function "
+            f"of the name, got {given!r}"
+        )
+
+
+def thresholds(where: str, given: Any, kind: type) -> None:
+    """Thresholds, which are above 0; four may be 0."""
+    if not isinstance(given, kind):
+        raise TypeError(f"{where}: thresholds is a bthooks.Thresholds(...), got {given!r}")
+    for name, value in given._asdict().items():  # type: ignore[attr-defined]
+        said = f"{where}: thresholds: {name}={value!r}: expected"
+        if name == "checks":
+            whole(f"{where}: thresholds", name, value, 1)
+        elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{said} a number")
+        elif name in ("vanishing", "collapsed", "entropy", "keys"):
+            if not float(value) >= 0:
+                raise ValueError(f"{said} 0 or more")
+        elif not float(value) > 0:
+            raise ValueError(f"{said} more than 0; math.inf switches the judgement off")
+
+
+def target(where: str, writer: Any) -> Any:
+    """A writer as it is, a path as an absolute one, or None."""
+    # The methods first: a mock has __fspath__ too.
+    if writer is None or callable(getattr(writer, "add_scalar", None)):
+        return writer
+    said = f"{where}: writer is an object with SummaryWriter's methods, a path or None"
+    instance(said, writer, str | os.PathLike)
+    return Path(writer).absolute()
+
+
+def experiment(where: str, log_dir: Path, given: Any) -> Path:
+    """The path of a run, which is to lie below `log_dir`."""
+    if not isinstance(given, str):
+        raise TypeError(f"{where}: experiment is a str or None, got {given!r}")
+    run = Path(os.path.normpath(given))
+    if run.is_absolute() or run.parts[:1] in ((), ("..",)):
+        raise ValueError(
+            f"{where}: experiment={given!r} does not name a folder inside "
+            f"log_dir={str(log_dir)!r}; give a plain name, and the place as log_dir"
+        )
+    return run
+
+
+def number(where: str, name: str, value: Any) -> Tensor | float:
     """One real number, left on its device where it is a tensor."""
     if not isinstance(name, str) or not name:
         raise TypeError(f"{where}: names are non-empty str, got {name!r}")
@@ -54,26 +138,43 @@ def checked_number(where: str, name: str, value: Any) -> Tensor | float:
     raise TypeError(f"{where}: {name!r} is one real number, got {value!r}")
 
 
-def checked_values(where: str, name: str, values: Any) -> Tensor:
-    """`values` as a tensor of numbers."""
+def values(where: str, name: str, given: Any) -> Tensor:
+    """A tensor of numbers, detached."""
     try:
-        tensor: Tensor = torch.as_tensor(values)
+        return torch.as_tensor(given).detach()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
-            f"{where}: {name!r} is a tensor of numbers, got {type(values).__name__}"
+            f"{where}: {name!r} is a tensor of numbers, got {type(given).__name__}"
         ) from None
+
+
+def reals(where: str, name: str, given: Any, shape: torch.Size | None = None) -> Tensor:
+    """A tensor of real numbers, not empty, and of `shape` if it is given."""
+    tensor = values(where, name, given)
+    if shape is None:
+        shape = tensor.shape
+    if tensor.shape != shape or tensor.numel() == 0 or tensor.is_complex():
+        raise ValueError(
+            f"{where}: {name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected "
+            f"real numbers of shape {tuple(shape)}, not empty"
+        )
     return tensor
 
 
-def checked_weights(given: Any) -> Tensor:
-    """Attention weights whose rows are distributions, or see no key."""
-    where = "log_attention_stats"
-    weights = checked_values(where, "attention_weights", given).detach()
+def attention(where: str, given: Any) -> Tensor:
+    """Attention weights of the shape `(batch, heads, query, key)`; no value is read."""
+    weights = values(where, "attention_weights", given)
     if weights.dim() != 4 or weights.numel() == 0:
         raise ValueError(
             f"{where}: attention_weights have shape (batch, heads, query, key), got "
             f"{tuple(weights.shape)}; for weights averaged over heads use weights.unsqueeze(1)"
         )
+    return weights
+
+
+def weights(where: str, given: Any) -> Tensor:
+    """The same, and each row is a distribution, or sees no key."""
+    weights = attention(where, given)
     sums = weights.to(torch.float32).sum(-1)
     sums = sums[(sums != 0) & ~sums.isnan()]
     tolerance = 1e-3 if weights.dtype in (torch.float32, torch.float64) else 3e-2
@@ -91,8 +192,25 @@ def checked_weights(given: Any) -> Tensor:
     return weights
 
 
-def checked_probabilities(where: str, p: Tensor, true: Tensor) -> None:
-    """Whether the values are some of those that `checked_classes` takes; NaN may be."""
+def classes(where: str, p: Any, true: Any) -> None:
+    """Probabilities of classes and the true ones, by their types and shapes; no value is read."""
+    for name, given in (("probabilities", p), ("targets", true)):
+        instance(f"{where}: {name} are a tensor", given, Tensor)
+    if p.dim() < 2 or p.shape[-1] < 2 or p.shape[:-1] != true.shape or not p.numel():
+        raise ValueError(
+            f"{where}: probabilities have shape (batch, classes) and targets (batch), got "
+            f"{tuple(p.shape)} and {tuple(true.shape)}; of two classes: torch.stack([1 - p, p], -1)"
+        )
+    if not p.is_floating_point() or true.is_floating_point() or true.is_complex():
+        raise TypeError(
+            f"{where}: probabilities are floats and targets class indices, got {p.dtype} and "
+            f"{true.dtype}"
+        )
+
+
+def probabilities(where: str, p: Tensor, true: Tensor) -> None:
+    """The same, and by their values, some of which may be NaN."""
+    classes(where, p, true)
     least, largest = (value.item() for value in true.long().aminmax())
     if least < 0 or largest >= p.shape[-1]:
         raise ValueError(
@@ -112,7 +230,26 @@ def checked_probabilities(where: str, p: Tensor, true: Tensor) -> None:
         )
 
 
-def checked_hparam(value: Any) -> str | float:
+def samples(where: str, given: Mapping[str, Any]) -> None:
+    """What several samples of a model predict: either probabilities, or mean and variance."""
+    given = {name: value for name, value in given.items() if value is not None}
+    for value in given.values():
+        if not isinstance(value, Tensor) or value.is_complex():
+            raise TypeError(f"{where}: expected real tensors, got {type(value).__name__}")
+    shapes = [tuple(value.shape) for value in given.values()]
+    if [*given] not in (["probabilities"], ["mean"], ["mean", "variance"]):
+        raise ValueError(
+            f"{where}: expected probabilities, or mean= (and variance=), got {[*given] or 'none'}"
+        )
+    least = 2 if "probabilities" in given else 1
+    if len(shapes[0]) < least or 0 in shapes[0] or shapes[0] != shapes[-1]:
+        raise ValueError(
+            f"{where}: probabilities have shape (samples, batch, classes), mean and variance "
+            f"(samples, batch, ...) both, got {shapes}; one sample alone is probabilities[None]"
+        )
+
+
+def hparam(value: Any) -> str | float:
     """A number or a string, which both backends write alike; anything else as its `str`."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()

@@ -12,20 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .checks import (
-    checked_hparam,
-    checked_model,
-    checked_number,
-    checked_probabilities,
-    checked_step,
-    checked_values,
-    checked_weights,
-)
+from . import checks
 from .measure.attention import sums_of_weights
 from .measure.calibration import (
     calibration_bins,
     calibration_of,
-    checked_classes,
     error_by_chance,
     ranking_stats,
 )
@@ -65,10 +56,9 @@ def log_metrics(
     """
     if writer is None:
         return
-    if not isinstance(metrics, Mapping):
-        raise TypeError(f"log_metrics: metrics are a dict of numbers, got {type(metrics).__name__}")
-    scalars = {name: checked_number("log_metrics", name, value) for name, value in metrics.items()}
-    _record(writer, Readings(metrics=scalars), step, prefix)
+    checks.instance("log_metrics: metrics are a dict of numbers", metrics, Mapping)
+    scalars = {name: checks.number("log_metrics", name, value) for name, value in metrics.items()}
+    _record("log_metrics", writer, Readings(metrics=scalars), step, prefix)
 
 
 def log_learning_rate(
@@ -88,7 +78,13 @@ def log_learning_rate(
         raise TypeError(
             f"log_learning_rate: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
         )
-    _record(writer, Readings(learning_rates=learning_rates(optimizer)), step, prefix)
+    _record(
+        "log_learning_rate",
+        writer,
+        Readings(learning_rates=learning_rates(optimizer)),
+        step,
+        prefix,
+    )
 
 
 def log_gradients(writer: Writer | None, model: nn.Module, step: int, *, prefix: str = "") -> None:
@@ -111,7 +107,7 @@ def log_gradients(writer: Writer | None, model: nn.Module, step: int, *, prefix:
         isinstance(model, nn.Module) and any(map(is_sharded, model.parameters()))
     ):
         return
-    norms = gradient_norms(checked_model("log_gradients", model))  # every rank's, if sharded
+    norms = gradient_norms(checks.model("log_gradients", model))  # every rank's, if sharded
     if writer is None:
         return
     if not norms:
@@ -120,7 +116,7 @@ def log_gradients(writer: Writer | None, model: nn.Module, step: int, *, prefix:
             "after backward() and before zero_grad()",
             stacklevel=2,
         )
-    _record(writer, Readings(norms=norms), step, prefix)
+    _record("log_gradients", writer, Readings(norms=norms), step, prefix)
 
 
 def log_attention_stats(
@@ -157,7 +153,7 @@ def log_attention_stats(
     """
     if writer is None:
         return
-    attention_weights = checked_weights(attention_weights)
+    attention_weights = checks.weights("log_attention_stats", attention_weights)
     readings = Readings(attention={name: sums_of_weights(attention_weights)})
     event = event_of(figures_of(read(readings)))
     if attention_entropy is not None:
@@ -167,7 +163,7 @@ def log_attention_stats(
                 f"log_attention_stats: attention_entropy has mean {entropy}, expected nats >= 0"
             )
         event.scalars[f"attention/entropy/{name}"] = entropy
-    write(writer, prefixed(event, prefix), checked_step(step))
+    write(writer, prefixed(event, prefix), checks.whole("log_attention_stats", "step", step))
 
 
 def log_uncertainty_metrics(
@@ -195,15 +191,12 @@ def log_uncertainty_metrics(
     """
     if writer is None:
         return
-    found = {"epistemic": epistemic} | ({} if aleatoric is None else {"aleatoric": aleatoric})
-    values = {kind: checked_values("log_uncertainty_metrics", kind, v) for kind, v in found.items()}
-    for kind, value in values.items():
-        if value.numel() == 0 or value.is_complex() or value.shape != values["epistemic"].shape:
-            raise ValueError(
-                f"log_uncertainty_metrics: {kind} has shape {tuple(value.shape)} and dtype "
-                f"{value.dtype}, expected real numbers, both kinds of one shape, not empty"
-            )
-    _record(writer, uncertainties(values), step, prefix)
+    where = "log_uncertainty_metrics"
+    values = {"epistemic": checks.reals(where, "epistemic", epistemic)}
+    if aleatoric is not None:
+        shape = values["epistemic"].shape
+        values["aleatoric"] = checks.reals(where, "aleatoric", aleatoric, shape)
+    _record("log_uncertainty_metrics", writer, uncertainties(values), step, prefix)
 
 
 def log_calibration(
@@ -248,10 +241,9 @@ def log_calibration(
     if writer is None:
         return
     where = "log_calibration"
-    p = checked_values(where, "probabilities", probabilities).detach()
-    true = checked_values(where, "targets", targets).detach()
-    checked_classes(where, p, true)
-    checked_probabilities(where, p, true)
+    p = checks.values(where, "probabilities", probabilities)
+    true = checks.values(where, "targets", targets)
+    checks.probabilities(where, p, true)
     if lost := int(p.isnan().any(-1).sum()):
         warnings.warn(
             f"bthooks.{where}: {lost} of {true.numel()} rows of probabilities are NaN; nothing of "
@@ -262,12 +254,7 @@ def log_calibration(
     bins = calibration_bins(p, true)
     stats = calibration_of(bins)
     if uncertainty is not None:
-        unsure = checked_values(where, "uncertainty", uncertainty)
-        if unsure.shape != true.shape or unsure.is_complex():
-            raise ValueError(
-                f"{where}: uncertainty has the shape of targets, {tuple(true.shape)}, got "
-                f"{tuple(unsure.shape)}"
-            )
+        unsure = checks.reals(where, "uncertainty", uncertainty, true.shape)
         if lost := int(unsure.isnan().sum()):
             warnings.warn(
                 f"bthooks.{where}: {lost} of {true.numel()} values of uncertainty are NaN; it is "
@@ -279,7 +266,7 @@ def log_calibration(
     *numbers, bins = Transfer([*stats.values(), bins]).result()
     found = dict(zip(stats, numbers, strict=True))
     figures = Figures(calibration=found, chance=float(error_by_chance(bins)))
-    step, recorder = checked_step(step), recorder_of(writer)
+    step, recorder = checks.whole(where, "step", step), recorder_of(writer)
     verdict = None if recorder is None else recorder.alerts.judge(figures, step, prefix)
     event = event_of(figures, verdict)
     event.images["calibration/reliability"] = reliability_diagram(bins)
@@ -303,8 +290,14 @@ def log_model_histograms(
     """
     if writer is None:
         return
-    names = parameter_names(checked_model("log_model_histograms", model))
-    _record(writer, Readings(histograms=parameter_histograms(names)), step, prefix)
+    names = parameter_names(checks.model("log_model_histograms", model))
+    _record(
+        "log_model_histograms",
+        writer,
+        Readings(histograms=parameter_histograms(names)),
+        step,
+        prefix,
+    )
 
 
 def log_activations(
@@ -321,15 +314,12 @@ def log_activations(
     """
     if writer is None:
         return
-    if not isinstance(activations, Mapping):
-        raise TypeError(
-            f"log_activations: activations are a dict of tensors, got {type(activations).__name__}"
-        )
+    checks.instance("log_activations: activations are a dict of tensors", activations, Mapping)
     found = {
-        Drawn("activations", name): histogram(checked_values("log_activations", name, values))
+        Drawn("activations", name): histogram(checks.values("log_activations", name, values))
         for name, values in activations.items()
     }
-    _record(writer, Readings(histograms=found), step, prefix)
+    _record("log_activations", writer, Readings(histograms=found), step, prefix)
 
 
 def log_text(writer: Writer | None, tag: str, text: str, step: int, *, prefix: str = "") -> None:
@@ -343,11 +333,12 @@ def log_text(writer: Writer | None, tag: str, text: str, step: int, *, prefix: s
     """
     if writer is None:
         return
-    if not isinstance(text, str):
-        raise TypeError(f"log_text: the text of tag {tag!r} is a str, got {type(text).__name__}")
+    checks.instance(f"log_text: the text of tag {tag!r} is a str", text, str)
     if not isinstance(tag, str) or not tag.strip("/"):
         raise TypeError(f"log_text: a tag is a non-empty str, got {tag!r}")
-    write(writer, prefixed(Event(texts={tag: text}), prefix), checked_step(step))
+    write(
+        writer, prefixed(Event(texts={tag: text}), prefix), checks.whole("log_text", "step", step)
+    )
 
 
 def log_hparams(
@@ -371,17 +362,16 @@ def log_hparams(
     if writer is None:
         return
     for what, given in (("hparams", hparams), ("metrics", metrics)):
-        if not isinstance(given, Mapping):
-            raise TypeError(f"log_hparams: {what} are a dict, got {type(given).__name__}")
-    numbers = {name: checked_number("log_hparams", name, value) for name, value in metrics.items()}
+        checks.instance(f"log_hparams: {what} are a dict", given, Mapping)
+    numbers = {name: checks.number("log_hparams", name, value) for name, value in metrics.items()}
     event = event_of(figures_of(read(Readings(metrics=numbers))))
     write_hparams(
         writer,
-        {str(name): checked_hparam(value) for name, value in hparams.items()},
+        {str(name): checks.hparam(value) for name, value in hparams.items()},
         prefixed(event, tag(prefix, "hparams")).scalars,
     )
 
 
-def _record(writer: Writer | None, readings: Readings, step: int, prefix: str) -> None:
+def _record(where: str, writer: Writer | None, readings: Readings, step: int, prefix: str) -> None:
     event = event_of(figures_of(read(readings)))
-    write(writer, prefixed(event, prefix), checked_step(step))
+    write(writer, prefixed(event, prefix), checks.whole(where, "step", step))

@@ -91,9 +91,6 @@ def selector(include: Selector) -> Callable[[str], bool]:
 
     >>> selector("layers.*")("layers.0"), selector(None)("any")
     (True, True)
-
-    Raises:
-        TypeError: `include` is neither None, a glob, a sequence of globs nor a function.
     """
     if include is None:
         return lambda name: True
@@ -104,17 +101,7 @@ def selector(include: Selector) -> Callable[[str], bool]:
 
 
 def globs(include: Selector) -> tuple[str, ...]:
-    """The globs that `include` has; a function has none.
-
-    Raises:
-        TypeError: as `selector` does.
-    """
+    """The globs that `include` has; a function has none."""
     if include is None or callable(include):
         return ()
-    found = [include] if isinstance(include, str) else include
-    if not isinstance(found, Sequence) or not all(isinstance(glob, str) for glob in found):
-        raise TypeError(
-            "include= takes a glob such as 'layers.*', a sequence of globs or a function of the "
-            f"name, got {include!r}"
-        )
-    return tuple(found)
+    return (include,) if isinstance(include, str) else tuple(include)

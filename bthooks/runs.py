@@ -17,6 +17,33 @@ _HEALTH, _ALERTS = r"(.*/)?health/[a-z_]+", "health/alerts/text_summary"
 _MEASURED = r".*(attention|gradients/norm|learning_rate|uncertainty|health)/|.*calibration/(?!ece$)"
 
 
+def report(logdir: Path) -> int:
+    """Print the health of each run under `logdir`; 1 where an alert is open, else 0."""
+    count = are_open = 0
+    for run in runs(logdir):
+        print("\n".join(run.lines()), end="\n\n")
+        count += 1
+        are_open += sum(len(told) == 1 for told in run.alerts().values())
+    print(f"runs: {count}, open alerts: {are_open}")
+    return int(are_open > 0)
+
+
+def missing(logdir: Path) -> str:
+    """Why there is nothing to show, with what to do; "" where there is."""
+    if not logdir.exists():
+        return (
+            f"there is no directory {logdir}: name the one that was given to make_writer or attach"
+        )
+    if not logdir.is_dir():
+        return f"{logdir} is a file: name the directory that it is in"
+    files = event_files(logdir)
+    if not files:
+        return f"there are no event files (events.out.tfevents...) in {logdir} or below it"
+    if not any(event.summary.value for file in files for event in events(file)):
+        return f"nothing has been logged yet: all event files in {logdir} are empty ({len(files)})"
+    return ""
+
+
 def event_files(logdir: Path) -> list[Path]:
     """Those that TensorBoard finds, which follows links; a directory is looked into once."""
     files, seen = [], set()

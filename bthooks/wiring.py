@@ -26,8 +26,8 @@ from .capture.forward import ObservedForward
 from .capture.gradients import Gradients
 from .capture.optimizers import Optimizers, Probe
 from .capture.wanted import Wanted
-from .measure.dropout import mc_dropout
 from .measure.readings import Readings
+from .measure.uncertainty import mc_dropout
 from .record.recorder import Pending, Recorder
 from .record.transfer import Transfer
 from .report import Ledger

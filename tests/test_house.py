@@ -4,6 +4,8 @@ import ast
 import graphlib
 from pathlib import Path
 
+from setuptools.config.pyprojecttoml import read_configuration
+
 import bthooks
 
 PACKAGE = Path(bthooks.__file__).parent
@@ -34,3 +36,13 @@ def test_no_import_goes_in_a_circle():
     graph = {name: imported(name) for name in FILES if name != "__init__"}
     assert graph["measure.gradients"]
     graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_every_wing_is_in_the_wheel():
+    root = PACKAGE.parent
+    wings = {".".join(file.parent.relative_to(root).parts) for file in FILES.values()}
+    setuptools = read_configuration(root / "pyproject.toml")["tool"]["setuptools"]
+    assert wings <= set(setuptools["packages"])
+    assert "bthooks.measure" in wings
+    assert setuptools["package-data"] == {"bthooks": ["py.typed"]}
+    assert (PACKAGE / "py.typed").exists()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import checks
 from .scores import BLOCKED, row_blocks, score_blocks, seen, take
 
 STATISTICS = (
@@ -54,12 +55,7 @@ def attention_stats(weights: Tensor) -> dict[str, Tensor]:
     Raises:
         ValueError: the shape is another.
     """
-    if weights.dim() != 4:
-        raise ValueError(
-            "attention_stats: weights have shape (batch, heads, query, key), got "
-            f"{tuple(weights.shape)}; for weights averaged over heads use weights.unsqueeze(1)"
-        )
-    stats = finalize(sums_of_weights(weights))
+    stats = finalize(sums_of_weights(checks.attention("attention_stats", weights)))
     del stats["max_logit"]
     return stats
 

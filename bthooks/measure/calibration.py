@@ -1,17 +1,18 @@
 """Calibration: whether a model is right as often as it says. Pure.
 
-In: probabilities and the true classes. Between: `bins (bins, 5)`, float64, which merge over batches
-and ranks by adding. Out: one value per statistic.
+An error of calibration is not the mean of those of its batches, so each batch gives sums per bin of
+confidence, `(bins, 5)`: added over batches and ranks they give the statistics of them all.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import checks
+
 BINS = 15
-_LEAST = torch.finfo(torch.float64).eps  # a probability below counts as it, as in scikit-learn
+_LEAST = torch.finfo(torch.float64).eps  # the least probability in a log, as in scikit-learn
 
 
 def calibration_stats(
@@ -21,13 +22,14 @@ def calibration_stats(
 
     Args:
         probabilities: `(batch, classes)`, or with further dimensions between; not logits.
-        targets: `(batch)`, class indices; what is none, as -100 for padding, counts nothing.
-        bins: as many of equal width, [0, 1/bins) to [1 - 1/bins, 1]; empty ones count nothing.
+        targets: `(batch)`, class indices; rows whose target is no class, as -100 for padding, are
+            left out.
+        bins: how many, of equal width: [0, 1/bins) to [1 - 1/bins, 1]; empty ones are left out.
 
     | name | what |
     | --- | --- |
-    | `ece` | expected calibration error: mean abs(accuracy - confidence), bins by their counts |
-    | `mce` | maximum calibration error: the largest of them |
+    | `ece` | expected calibration error: abs(accuracy - confidence), mean of the bins by count |
+    | `mce` | maximum calibration error: that of the worst bin |
     | `brier` | mean of the squared distance to the true class, 0 to 2 |
     | `nll` | nats: mean of -log p(true class) |
     | `accuracy`, `confidence` | fraction that is right; mean probability of the predicted class |
@@ -40,8 +42,8 @@ def calibration_stats(
     (0.4, 0.3)
 
     Raises:
-        ValueError: the shapes are others, or `bins` is below 1.
-        TypeError: probabilities are no tensor of floats, targets none of whole numbers.
+        ValueError: other shapes, or `bins` is no whole number from 1.
+        TypeError: probabilities are no tensor of floats, or targets none of whole numbers.
     """
     return calibration_of(calibration_bins(probabilities, targets, bins))
 
@@ -58,9 +60,8 @@ def calibration_bins(probabilities: Tensor, targets: Tensor, bins: int = BINS) -
     >>> torch.allclose(halves, calibration_bins(p, targets))
     True
     """
-    checked_classes("calibration", probabilities, targets)
-    if not isinstance(bins, int) or bins < 1:
-        raise ValueError(f"calibration: bins is a whole number from 1, got {bins!r}")
+    checks.classes("calibration", probabilities, targets)
+    checks.whole("calibration", "bins", bins, 1)
     wide = torch.float32 if probabilities.device.type == "mps" else torch.float64
     p = probabilities.detach().flatten(0, -2).to(wide)  # (N, C)
     target = targets.detach().flatten().to(p.device, torch.int64)[:, None]
@@ -78,24 +79,6 @@ def calibration_bins(probabilities: Tensor, targets: Tensor, bins: int = BINS) -
     return torch.zeros(bins, 5, dtype=wide, device=p.device).index_add_(
         0, index, torch.stack(columns, dim=1) * counts
     )
-
-
-def checked_classes(where: str, probabilities: Any, targets: Any) -> None:
-    """Refuse what is no probabilities of classes and the true ones; no value is read."""
-    for name, given in (("probabilities", probabilities), ("targets", targets)):
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{where}: {name} are a tensor, got {type(given).__name__}")
-    p, true = probabilities, targets
-    if p.dim() < 2 or p.shape[-1] < 2 or p.shape[:-1] != true.shape or not p.numel():
-        raise ValueError(
-            f"{where}: probabilities have shape (batch, classes) and targets (batch), got "
-            f"{tuple(p.shape)} and {tuple(true.shape)}; of two classes: torch.stack([1 - p, p], -1)"
-        )
-    if not p.is_floating_point() or true.is_floating_point() or true.is_complex():
-        raise TypeError(
-            f"{where}: probabilities are floats and targets class indices, got {p.dtype} and "
-            f"{true.dtype}"
-        )
 
 
 @torch.no_grad()
@@ -122,10 +105,11 @@ def calibration_of(bins: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def error_by_chance(bins: Tensor) -> Tensor:
-    """The `ece` that chance alone may make, if each bin is right as often as it says, 0-d.
+    """The `ece` that a perfectly calibrated model may have by chance, 0-d.
 
-    Over 32 samples that of a perfect model is 0.2 on average. How many of a bin are right is close
-    to normal around what it says: the mean of that distance, and twice its deviation.
+    Over 32 samples it has 0.2 on average. How many in a bin are right is close to normally
+    distributed around what its confidence says: this is the mean of abs(that distance), and two
+    standard deviations more.
     """
     count, confidence = bins[:, 0], bins[:, 1]
     mean = (confidence / count.clamp(min=1)).clamp(0, 1)

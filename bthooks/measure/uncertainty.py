@@ -1,22 +1,34 @@
-"""Uncertainty: how much of it is the model's, and how much the data's. Pure.
+"""Uncertainty: how much of it is the model's, and how much the data's.
 
-In: what several samples of a model predict, or the output of a forward that says it by itself.
-Out: the uncertainties by kind.
+Several predictions of one model, each with another dropout mask, tell the two apart; so do the
+members of an ensemble. A model that says its uncertainty by itself is asked for nothing more: what
+it returns is searched for it. `mc_dropout` runs the model, and leaves it and the random numbers of
+the caller as they were; the rest is pure.
 """
 
+import contextlib
+import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree
+
+from .. import checks
 
 KEYS = {
     "epistemic": ("epistemic_uncertainty", "epistemic"),
     "aleatoric": ("aleatoric_uncertainty", "aleatoric"),
     "total": ("uncertainty",),
 }
+"""By kind, the names that a model's output may hold it under."""
+
+_NORM = nn.modules.batchnorm._NormBase  # batch and instance norm: they have running statistics
 
 
 @torch.no_grad()
@@ -52,29 +64,15 @@ def decompose_uncertainty(
         ValueError: the shapes are others.
         TypeError: what is given is no real tensor.
     """
-    where = "decompose_uncertainty"
-    for given in (probabilities, mean, variance):
-        if given is not None and (not isinstance(given, Tensor) or given.is_complex()):
-            raise TypeError(f"{where}: expected real tensors, got {type(given).__name__}")
-    if (probabilities is None) == (mean is None):
-        raise ValueError(f"{where}: give either probabilities, or mean= (and variance=)")
+    given = {"probabilities": probabilities, "mean": mean, "variance": variance}
+    checks.samples("decompose_uncertainty", given)
     if probabilities is not None:
-        if probabilities.dim() < 2 or not probabilities.numel() or variance is not None:
-            raise ValueError(
-                f"{where}: probabilities have shape (samples, batch, classes) and no variance, got "
-                f"{tuple(probabilities.shape)}; one sample alone is probabilities[None]"
-            )
         p = _wide(probabilities)
         # Below 0 where rounding made a probability greater than 1.
         total = torch.special.entr(p.mean(0)).sum(-1).clamp(min=0)
         aleatoric = torch.special.entr(p).sum(-1).clamp(min=0).mean(0).minimum(total)
         return {"total": total, "aleatoric": aleatoric, "epistemic": total - aleatoric}
     assert mean is not None
-    if mean.dim() < 1 or not mean.numel() or not (variance is None or variance.shape == mean.shape):
-        raise ValueError(
-            f"{where}: mean and variance have shape (samples, batch, ...), got {tuple(mean.shape)} "
-            f"and {None if variance is None else tuple(variance.shape)}"
-        )
     means = _wide(mean)
     epistemic = means.var(0, correction=0)
     aleatoric = torch.zeros_like(epistemic) if variance is None else _wide(variance).mean(0)
@@ -107,8 +105,118 @@ def find_uncertainties(output: Any) -> dict[str, Tensor]:
 
 
 def _attribute(output: Any, name: str) -> Any:
-    """What `output` holds: a property is left alone, which may compute or draw random numbers."""
+    """What `output` holds; a property is not read, which may compute or draw random numbers."""
     static = inspect.getattr_static(output, name, None)
     if static is None or isinstance(static, property | functools.cached_property):
         return None
     return getattr(output, name, None)
+
+
+def mc_dropout(model: nn.Module, *inputs: Any, samples: int = 16, **keywords: Any) -> Any:
+    """The outputs of `samples` forwards with dropout active (Gal and Ghahramani, 2016).
+
+    Dropout is active as in training, also that of functions and of
+    `F.scaled_dot_product_attention`; normalisation stays as in evaluation. Inputs, training flags,
+    buffers and torch's random numbers on the CPU and CUDA are as before afterwards, also after an
+    exception; an attachment does not see these forwards. No gradient is kept.
+
+    Args:
+        inputs, keywords: what the model is called with.
+
+    Returns:
+        what the model returns, each tensor in it `(samples, ...)`; what is no tensor is that of
+        the last forward.
+
+    Warns:
+        RuntimeWarning: the samples are identical: the model has no dropout.
+
+    >>> model = nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 3), nn.Softmax(-1))
+    >>> mc_dropout(model, torch.ones(4, 8), samples=32).shape
+    torch.Size([32, 4, 3])
+
+    Raises:
+        ValueError: `samples` is below 1.
+        TypeError: `model` is no module, or returns neither tensors nor a dict, tuple, list or
+            dataclass of them.
+    """
+    checks.model("mc_dropout", model)
+    checks.whole("mc_dropout", "samples", samples, 1)
+    drawn = []
+    with _dropping(model, (inputs, keywords)), torch.no_grad():
+        for _ in range(samples):
+            # Dropout in place would drop out of the input of the next forward too.
+            (args, kwargs), _ = _cloned((inputs, keywords))
+            output, tensors = _cloned(model(*args, **kwargs))
+            drawn.append(tensors)
+    if not tensors:
+        raise TypeError(
+            f"mc_dropout: the model returns a {type(output).__name__}, in which no tensor is "
+            "found; wrap the model in one that returns tensors, or a dict or tuple of them"
+        )
+    stacked = [torch.stack(values) for values in zip(*drawn, strict=True)]
+    sampled = [tensor for tensor in stacked if tensor.numel()]
+    if samples > 1 and sampled and all(torch.equal(t, t[:1].expand_as(t)) for t in sampled):
+        warnings.warn(
+            "bthooks: mc_dropout: the samples are identical; has the model no dropout?",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    following = iter(stacked)
+    return _mapped(output, lambda _: next(following))
+
+
+def _mapped(given: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """`given` with `function` of each tensor in it."""
+
+    def of_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+            return leaf
+        names = [field.name for field in dataclasses.fields(leaf) if field.init]
+        parts = {name: _mapped(getattr(leaf, name), function) for name in names}
+        return dataclasses.replace(leaf, **parts)
+
+    return _pytree.tree_map(of_leaf, given)
+
+
+def _cloned(given: Any) -> tuple[Any, list[Tensor]]:
+    """`given` with a copy of each tensor in it, and the copies."""
+    clones: list[Tensor] = []
+
+    def clone(tensor: Tensor) -> Tensor:
+        clones.append(tensor.clone())
+        return clones[-1]
+
+    return _mapped(given, clone), clones
+
+
+@contextlib.contextmanager
+def _dropping(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """Training mode for all but normalisation; afterwards flags, buffers and RNG are as before."""
+    flags = {module: module.training for module in model.modules()}
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in flags
+        for name, buffer in module.named_buffers(recurse=False)
+        if not is_lazy(buffer) and not buffer.is_inference()
+    ]
+    tensors = [*model.parameters(), *model.buffers(), *_pytree.tree_leaves(inputs)]
+    devices = {t.device for t in tensors if isinstance(t, Tensor) and t.is_cuda}
+    with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
+        try:
+            for module in flags:
+                # Not train(), which models override.
+                module.training = not isinstance(module, _NORM)
+            yield
+        finally:
+            for module, flag in flags.items():
+                module.training = flag
+            for module, name, buffer, value in buffers:
+                if getattr(module, name, None) is not buffer:
+                    setattr(module, name, buffer)
+                if buffer.shape != value.shape:
+                    buffer.data = value
+                # F.batch_norm writes without a new version; a write here must not make one.
+                elif not torch.equal(buffer, value):
+                    buffer.data.copy_(value)

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from .. import checks
 from .backend import PACKAGES, is_main_rank
 
 
@@ -24,13 +25,6 @@ class Writer(Protocol):
     def add_hparams(self, *args: Any, **kwargs: Any) -> Any: ...
     def flush(self) -> Any: ...
     def close(self) -> Any: ...
-
-
-def check_backend(backend: str) -> str:
-    """`backend`, if there is one of that name."""
-    if backend not in PACKAGES:
-        raise ValueError(f'backend={backend!r}: expected "torch" or "tensorboardX"')
-    return backend
 
 
 def make_writer(
@@ -55,23 +49,15 @@ def make_writer(
     Raises:
         ValueError: `backend` is neither of the two, or `experiment` leaves `log_dir`.
         TypeError: that SummaryWriter has no such option.
-        ImportError: the backend's package is missing.
 
     >>> import tempfile
     >>> with make_writer(tempfile.mkdtemp(), "first", backend="tensorboardX") as writer:
     ...     writer.add_scalar("train/loss", 0.5, 0)
     """
-    check_backend(backend)
+    checks.one_of("make_writer", "backend", backend, PACKAGES)
     root = Path(log_dir)
     if experiment is not None:
-        if not isinstance(experiment, str):
-            raise TypeError(f"make_writer: experiment is a str or None, got {experiment!r}")
-        run = Path(os.path.normpath(experiment))
-        if run.is_absolute() or run.parts[:1] in ((), ("..",)):
-            raise ValueError(
-                f"make_writer: experiment={experiment!r} does not name a folder inside "
-                f"log_dir={str(log_dir)!r}; give a plain name, and the place as log_dir"
-            )
+        run = checks.experiment("make_writer", root, experiment)
     if not is_main_rank():
         return None
     if experiment is None:
@@ -83,12 +69,8 @@ def open_writer(
     directory: Path, backend: str, *, purge_step: int | None = None, **options: Any
 ) -> Any:
     """Open a SummaryWriter whose event file lies directly in `directory`."""
-    package = PACKAGES[check_backend(backend)]
-    try:
-        SummaryWriter = importlib.import_module(package).SummaryWriter
-    except ImportError as error:
-        missing = "tensorboard" if backend == "torch" else "tensorboardX"
-        raise ImportError(f"backend={backend!r} needs {missing}: pip install {missing}") from error
+    package = PACKAGES[backend]
+    SummaryWriter = importlib.import_module(package).SummaryWriter
     unknown = options.keys() - inspect.signature(SummaryWriter).parameters.keys()
     if unknown:
         raise TypeError(f"{package}.SummaryWriter has no option {', '.join(sorted(unknown))}")

@@ -258,3 +258,5 @@ def test_a_nan_score_shows_as_nan():
 def test_other_shapes_are_refused():
     with pytest.raises(ValueError, match=r"\(batch, heads, query, key\), got \(2, 4, 4\)"):
         attention_stats(torch.ones(2, 4, 4))
+    with pytest.raises(ValueError, match=r"got \(1, 0, 4, 4\)"):
+        attention_stats(torch.ones(1, 0, 4, 4))

@@ -82,7 +82,10 @@ class Forwards:
         self.calls += 1
         window, steps = self._window, self._steps
         if window is not None and window.thread == threading.get_ident():
-            if calls_on_stack(root) > 1:
+            is_inside = True
+            with self._ledger.guard("forward"):
+                is_inside = calls_on_stack(root) > 1
+            if is_inside:
                 self._depth += 1
                 return
             self.close()  # KeyboardInterrupt skips the hook that closes it

@@ -27,7 +27,6 @@ from torch.utils.hooks import RemovableHandle
 
 from .capture.forward import Window
 from .capture.gradients import Updates
-from .capture.nonfinite import is_compiled
 from .forwards import Forwards
 from .health.alerts import Alert
 from .health.conditions import Figures, Thresholds
@@ -36,7 +35,7 @@ from .record.recorder import Batch, Outbox
 from .record.writers import Event, close, is_main_rank, open_writer
 from .report import Ledger, Report, fused_away, reasons, unattended
 from .steps import Cadence, Optimizers, Steps
-from .torch_private import Hook, steps_on_stack
+from .torch_private import Hook, is_compiled, steps_on_stack
 
 KINDS = ("attention", "gradients", "learning_rate", "uncertainty", "histograms")
 ON_REQUEST = ("activations", "updates")
@@ -325,7 +324,9 @@ class Handle:
         """Why each kind has not been seen so far."""
         root = self._root()
         paths = {} if root is None else module_names(root)
-        compiled = [path for module, path in paths.items() if is_compiled(module)]
+        compiled: list[str] = []
+        with self._ledger.guard("compiled modules"):
+            compiled = [path for module, path in paths.items() if is_compiled(module)]
         why = reasons(
             called=self._forwards.calls > 0, stepped=self._steps.rounds > 0, compiled=compiled
         )

@@ -6,14 +6,14 @@ Out: its scale on the device; how many optimizer steps it has skipped so far.
 
 import gc
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from ..torch_private import frames
+from ..torch_private import scaler_state
 
 
 class Scaling(NamedTuple):
@@ -33,17 +33,6 @@ class Scaling(NamedTuple):
     interval: int
 
 
-def find_scaler() -> GradScaler | None:
-    """The scaler that called the optimizer whose step runs in this thread."""
-    for frame in frames():
-        # Of no other frame: f_locals keeps a frame's objects alive as long as the frame lives.
-        if frame.f_code.co_name in ("step", "_maybe_opt_step"):
-            scaler = frame.f_locals.get("self")
-            if isinstance(scaler, GradScaler) and scaler.is_enabled() and scaler._scale is not None:
-                return scaler
-    return None
-
-
 def is_any_scaler() -> bool:
     """Whether a scaler exists anywhere in the process."""
     return any(
@@ -54,15 +43,14 @@ def is_any_scaler() -> bool:
 @torch.no_grad()
 def scaling(scaler: GradScaler, optimizer: Optimizer, steps: int) -> Scaling:
     """The state of `scaler`, copied on its device: it changes in place."""
-    scale: Any = scaler._scale
-    tracker: Any = scaler._growth_tracker
+    scale, clean, initial = scaler_state(scaler)
     overflow = getattr(optimizer, "found_inf", None)  # a fused optimizer has it during its step
     overflow = torch.zeros_like(scale) if overflow is None else overflow.to(scale.device)
-    state = torch.stack([scale.float(), tracker.float(), overflow.float().reshape(())])
+    state = torch.stack([scale.float(), clean.float(), overflow.float().reshape(())])
     return Scaling(
         state,
         steps,
-        scaler._init_scale,
+        initial,
         scaler.get_growth_factor(),
         scaler.get_backoff_factor(),
         scaler.get_growth_interval(),

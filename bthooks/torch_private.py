@@ -1,10 +1,10 @@
-"""Every private name of torch that bthooks touches, and nothing else: the room for what may change.
+"""Every private name of torch that bthooks touches: the room for what a new torch may break.
 
-Whoever adds a version of torch runs `tests/test_torch_private.py`: one test for each function here,
-so that what torch changed fails there by name. Each function says what it does, why nothing public
-does it, since which torch it is there ("2.11 or before": 2.11 is the least that is supported), and
-how it would fail. Nothing private is touched at import. Where a name is gone, `_private` raises an
-error that names the version of torch; the callers report what rests on it as not measured.
+Each function has one test in `tests/test_torch_private.py`, which fails by its name. It says what
+it does, why nothing public does, since which torch its names are there (<= 2.11 is the least that
+is supported, or older), and how it would fail if they changed. Nothing private is touched at
+import. A name that is gone raises an error that names the version of torch (`_private`), by which
+the callers report what rests on it as not measured.
 """
 
 import contextlib
@@ -58,9 +58,9 @@ def _calls() -> tuple[CodeType, CodeType]:
 def innermost(modules: Container[nn.Module]) -> nn.Module | None:
     """The innermost of `modules` that is called.
 
-    The public global module hooks cost new graphs under `torch.compile`. `_call_impl` and
-    `_wrapped_call_impl`: torch 2.11 or before. If they were renamed or in C: AttributeError; if
-    they were no longer what runs a module: None, and `finds_itself` is False.
+    Public global module hooks cost new graphs under `torch.compile`. `_call_impl` and
+    `_wrapped_call_impl`, torch <= 2.11. Renamed, or written in C: an error. If another function
+    called the modules: None, and `finds_itself` would be False.
     """
     calls = _calls()
     for frame in _frames():
@@ -72,19 +72,15 @@ def innermost(modules: Container[nn.Module]) -> nn.Module | None:
 
 @_private
 def calls_on_stack(module: nn.Module) -> int:
-    """How many calls of `module` are running in this thread.
-
-    As `innermost`: torch 2.11 or before. It would fail as that does, with 0 for None.
-    """
+    """How many calls of `module` run in this thread; as `innermost` (torch <= 2.11), 0 for None."""
     call = _calls()[0]
     return sum(frame.f_code is call and frame.f_locals["self"] is module for frame in _frames())
 
 
 def finds_itself(module: nn.Module) -> bool:
-    """Whether the call of `module` that runs this, as its pre-hook, is found on the stack.
+    """Whether the call of `module` that runs this, from a hook, is found (torch <= 2.11).
 
-    Where it is not, this version of torch is unknown: `innermost` would place no attention map.
-    As `innermost`: torch 2.11 or before.
+    If not, this version of torch is unknown: `innermost` would place no attention map. No error.
     """
     try:
         return calls_on_stack(module) > 0
@@ -95,17 +91,14 @@ def finds_itself(module: nn.Module) -> bool:
 def steps_on_stack() -> bool:
     """Whether an optimizer's step runs in this thread, or torch's hooks around it.
 
-    Nothing public tells. That all of them run in functions of `torch.optim.optimizer`: torch 2.11
-    or before. If they moved to another file: False within a step.
+    Nothing public tells. All of them run in functions of `torch.optim.optimizer`, torch <= 2.11.
+    In another file: False within a step.
     """
     return any(frame.f_globals is vars(optimizer) for frame in _frames())
 
 
 def is_running(function: Callable[..., Any]) -> bool:
-    """Whether a call of `function`, which is Python, runs in this thread.
-
-    Of torch 2.11 or later it needs nothing; it is here for the walk over the stack.
-    """
+    """Whether a call of `function` runs in this thread: Python alone, no name of torch <= 2.14."""
     return any(frame.f_code is function.__code__ for frame in _frames())
 
 
@@ -113,8 +106,8 @@ def is_running(function: Callable[..., Any]) -> bool:
 def find_scaler() -> GradScaler | None:
     """The loss scaler that called the optimizer whose step runs in this thread.
 
-    An optimizer does not know its scaler. That `step` or `_maybe_opt_step` of the scaler is on the
-    stack, and `_scale` None before its first use: torch 2.11 or before. If they were renamed: None.
+    An optimizer does not know its scaler. `step` or `_maybe_opt_step` calls it, and `_scale` is
+    None until there is one, torch <= 2.11. The former renamed: None; the latter: an error.
     """
     for frame in _frames():
         # Of no other frame: f_locals keeps a frame's objects alive as long as the frame lives.
@@ -130,7 +123,7 @@ def scaler_state(scaler: GradScaler) -> tuple[Tensor, Tensor, float]:
     """The scale of `scaler` and its clean steps, on their device, and the scale it began with.
 
     The public `get_scale` and `state_dict` wait for the device. `_scale`, `_growth_tracker` and
-    `_init_scale`: torch 2.11 or before. If they were renamed: AttributeError.
+    `_init_scale`, torch <= 2.11. Renamed: an error.
     """
     scale: Any = scaler._scale
     clean: Any = scaler._growth_tracker
@@ -144,8 +137,8 @@ def scaler_state(scaler: GradScaler) -> tuple[Tensor, Tensor, float]:
 def is_traced() -> bool:
     """Whether what runs is traced into a graph, of which ours must not become a part.
 
-    `torch.compiler.is_compiling` does not know `make_fx` and fake tensors. `_get_dispatch_mode`:
-    torch 2.11 or before. If it or a key was renamed: AttributeError.
+    `torch.compiler.is_compiling` does not know `make_fx` and fake tensors. `_get_dispatch_mode` and
+    `_TorchDispatchModeKey`, torch <= 2.11. Renamed: an error.
     """
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return True
@@ -167,9 +160,8 @@ def _take_off_modes() -> tuple[list[Any], Callable[[Any], None]]:
 def without_modes() -> Iterator[None]:
     """No dispatch mode sees what runs inside: a FLOP counter counts the model and none of ours.
 
-    Publicly a mode is only left in its own order. `_pop_mode`, `_push_mode` and
-    `_len_torch_dispatch_stack`: torch 2.11 or before. If they were renamed: AttributeError or
-    ImportError.
+    Publicly none can be left but by whom entered it. `_pop_mode`, `_push_mode` and
+    `_len_torch_dispatch_stack`, torch <= 2.11. Renamed: an error.
     """
     modes, push = _take_off_modes()
     try:
@@ -183,9 +175,9 @@ def without_modes() -> Iterator[None]:
 def without_overrides() -> tuple[contextlib.AbstractContextManager[None], ...]:
     """Two contexts in which no mode, of dispatch or of functions, and no subclass sees what runs.
 
-    Flags, which cost a tenth of `without_modes`. Nothing public does it. `DisableTorchFunction` and
-    `_DisableTorchDispatch`: torch 2.11 or before. If they were renamed: AttributeError; if they
-    left modes on, counters would count what is ours.
+    Flags, at a quarter of the cost of `without_modes`; nothing public sets them.
+    `DisableTorchFunction` and `_DisableTorchDispatch`, torch <= 2.11. Renamed: an error. If they
+    left a mode on, it would see what is ours.
     """
     return torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch()
 
@@ -197,9 +189,9 @@ def without_overrides() -> tuple[contextlib.AbstractContextManager[None], ...]:
 def is_compiled(module: nn.Module) -> bool:
     """Whether calls of `module` itself are compiled.
 
-    Nothing public tells. `_compiled_call_impl` of `module.compile()` and `_orig_mod` of what
-    `torch.compile(module)` returns: torch 2.11 or before. If the former was renamed:
-    AttributeError; the latter: False, and hooks are put on that are never called.
+    Nothing public tells. `_compiled_call_impl` is that of `module.compile()`, `_orig_mod` is in
+    what `torch.compile(module)` returns, torch <= 2.11. The former renamed: an error; the latter:
+    False, and hooks are put on that are never called.
     """
     return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
@@ -208,8 +200,8 @@ def is_compiled(module: nn.Module) -> bool:
 def is_normalization(module: nn.Module) -> bool:
     """Whether `module` is a batch or instance norm, which keeps statistics while it trains.
 
-    The public classes are its ends, and other libraries derive from it. `_NormBase`: torch 2.11 or
-    before. If it was renamed: AttributeError.
+    Libraries derive from the base, which is not public: `_NormBase`, torch <= 2.11. Renamed: an
+    error.
     """
     return isinstance(module, nn.modules.batchnorm._NormBase)
 
@@ -218,8 +210,7 @@ def is_normalization(module: nn.Module) -> bool:
 def version(tensor: Tensor) -> int:
     """How often `tensor` was written in place; -1 under inference mode, which does not count.
 
-    The public `torch.autograd.graph` only counts up. `_version`: torch 2.11 or before. If it was
-    renamed: AttributeError.
+    `torch.autograd.graph` only counts it up. `_version`, torch <= 2.11. Renamed: an error.
     """
     return -1 if tensor.is_inference() else tensor._version
 
@@ -228,8 +219,7 @@ def version(tensor: Tensor) -> int:
 def is_in_functorch(tensor: Tensor) -> bool:
     """Whether `tensor` stands for others inside `torch.func.grad` or `vmap`, and has no values.
 
-    Nothing public tells. `is_functorch_wrapped_tensor`: torch 2.11 or before. If it was renamed:
-    AttributeError.
+    Nothing public tells. `is_functorch_wrapped_tensor`, torch <= 2.11. Renamed: an error.
     """
     wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return wrapped
@@ -239,8 +229,7 @@ def is_in_functorch(tensor: Tensor) -> bool:
 def norm_of_each(tensors: list[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     """The L2 norm of each, computed and returned as `dtype`, 0-d: all in one kernel.
 
-    The public `nn.utils.get_total_norm` returns one for all. `_foreach_norm`: torch 2.11 or before.
-    If it was renamed: AttributeError.
+    `nn.utils.get_total_norm` has one for all. `_foreach_norm`, torch <= 2.11. Renamed: an error.
     """
     return torch._foreach_norm(tensors, dtype=dtype)
 
@@ -249,7 +238,7 @@ def norm_of_each(tensors: list[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
 def leaves_of(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """What lies in `tree`, also in containers that libraries have registered; what rebuilds it.
 
-    torch 2.11 to 2.14 have no public pytree. If `_pytree` was moved: ImportError.
+    There is no public pytree until 2.14. `_pytree`, torch <= 2.11. Moved: an error.
     """
     from torch.utils import _pytree
 
@@ -264,8 +253,7 @@ def leaves_of(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
 def backward_pass() -> int:
     """The number of the backward pass that runs in this thread; -1 for none.
 
-    Nothing public tells. `_current_graph_task_id`: torch 2.11 or before. If it was renamed:
-    AttributeError.
+    Nothing public tells. `_current_graph_task_id`, torch <= 2.11. Renamed: an error.
     """
     return torch._C._current_graph_task_id()
 
@@ -274,10 +262,10 @@ def backward_pass() -> int:
 def after_backward(callback: Callable[[], None]) -> None:
     """Call `callback` at the end of the backward pass that runs in this thread.
 
-    After what was queued until then, as DDP's and FSDP2's own, which reduce the gradients. The
-    public `register_multi_grad_hook` comes before them. `queue_callback`: torch 2.11 or before. If
-    it was renamed: AttributeError.
+    That is after DDP's and FSDP2's own, which reduce the gradients; the public
+    `register_multi_grad_hook` comes before. `queue_callback`, torch <= 2.11. Renamed: an error.
     """
+    # What is queued at the end runs behind what was queued until then.
     engine = torch.autograd.Variable._execution_engine
     engine.queue_callback(functools.partial(engine.queue_callback, callback))
 

@@ -98,7 +98,7 @@ class Handle:
         atexit.register(self.detach)
         self._finalizer = weakref.finalize(model, self.detach)
         self._finalizer.atexit = False
-        before, after = Hook(self, self._forwards.before), Hook(self, self._forwards.after)
+        before, after = Hook(self._forwards.before), Hook(self._forwards.after)
         if isinstance(model, nn.TransformerEncoderLayer):
             # A hook of its own switches its C++ fast path off, one on all modules does not.
             self._handles = [

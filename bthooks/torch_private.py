@@ -275,13 +275,10 @@ class Hook:
 
     deepcopy, pickle and torch.save carry `nullcontext().__exit__` in its place, which takes any
     arguments and does nothing: copies are silent, and load where bthooks is not installed.
-
-    Args:
-        owner: whose hook it is.
     """
 
-    def __init__(self, owner: Any, call: Callable[..., None]) -> None:
-        self.owner, self._call = owner, call
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
 
     def __call__(self, *args: Any) -> None:
         self._call(*args)

@@ -61,7 +61,7 @@ class Window:
         self.trail.open()
         wanted = observable(paths) if "activations" in kinds else ()
         for module, path in [(m, paths[m]) for m in wanted if self._selected(paths[m])]:
-            hook = Hook(self, functools.partial(self._activation, path))
+            hook = Hook(functools.partial(self._activation, path))
             self._handles.append(module.register_forward_hook(hook))
         if "attention" in kinds:
             self._mode = AttentionMode(paths, self._map, rows, self._ledger)

@@ -57,7 +57,7 @@ class Updates:
                 return
             self.unwatch()
             self._ids = ids
-            hook = Hook(self, functools.partial(self._accumulated, weakref.ref(root)))
+            hook = Hook(functools.partial(self._accumulated, weakref.ref(root)))
             self._watched = [p.register_post_accumulate_grad_hook(hook) for p in parameters]
 
     def unwatch(self) -> None:

@@ -51,7 +51,7 @@ class Trail:
 
     def open(self) -> None:
         """Put the hooks on."""
-        before, after = Hook(self, self.before), Hook(self, self._after)
+        before, after = Hook(self.before), Hook(self._after)
         for module in observable(self._paths):
             if getattr(module, "inplace", None) is True:
                 handle = module.register_forward_pre_hook(before, with_kwargs=True)

@@ -23,14 +23,14 @@ class Handle:
     """
 
     def __init__(self, model: nn.Module, wiring: Wiring, target: Any, *, owns_writer: bool) -> None:
-        self._wiring, self._target, self._owns_writer = wiring, target, owns_writer
+        self._wiring, self._owns_writer = wiring, owns_writer
         self._schedule, self._recorder = wiring.schedule, wiring.recorder
         self.writer: Any = self._recorder.writer
         # Exit handlers run in reverse order: this one before that of a writer opened earlier.
         atexit.register(self.detach)
         self._finalizer = weakref.finalize(model, self.detach)
         self._finalizer.atexit = False
-        _attached.append(self)
+        _attached[self] = wiring, target
 
     @property
     def step(self) -> int:
@@ -86,10 +86,7 @@ class Handle:
 
         A writer that `attach` opened is closed. A second call does nothing.
         """
-        if self not in _attached:
-            return
-        _attached.remove(self)
-        if not self._wiring.is_here():
+        if _attached.pop(self, None) is None or not self._wiring.is_here():
             return
         self._wiring.off()
         self._finalizer.detach()
@@ -108,14 +105,14 @@ class Handle:
         self.detach()
 
 
-_attached: list[Handle] = []
+_attached: dict[Handle, tuple[Wiring, Any]] = {}
 
 
 def attached_to(target: Any, prefix: str) -> list[tuple[Handle, nn.Module | None]]:
     """The attachments that write to `target` under `prefix`, each with its model."""
     return [
-        (handle, handle._wiring.root())
-        for handle in _attached
-        if handle._target is target or handle._target == target
-        if tag(handle._recorder.prefix) == tag(prefix)
+        (handle, wiring.root())
+        for handle, (wiring, its_target) in _attached.items()
+        if its_target is target or its_target == target
+        if tag(wiring.recorder.prefix) == tag(prefix)
     ]

@@ -1,57 +1,47 @@
-"""Stack: which modules, optimizers and dispatch modes run in this thread.
+"""Every private name of torch that bthooks touches: the room for what a new torch may break.
 
-From its Python frames: no hook, so nothing that would switch off a fast path or recompile a graph.
+Each function has one test in `tests/test_torch_private.py`, which fails by its name. It says what
+it does, why nothing public does, since which torch its names are there (<= 2.11 is the least that
+is supported, or older), and how it would fail if they changed. Nothing private is touched at
+import. A name that is gone raises an error that names the version of torch (`_private`), by which
+the callers report what rests on it as not measured.
 """
 
 import contextlib
+import functools
 import sys
-from collections.abc import Callable, Container, Iterator
-from types import FrameType
-from typing import Any
+from collections.abc import Callable, Container, Iterator, Sequence
+from types import CodeType, FrameType
+from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import optimizer
-from torch.utils._python_dispatch import _pop_mode, _push_mode
 
-_CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
-
-
-def innermost(modules: Container[nn.Module]) -> nn.Module | None:
-    """The innermost of `modules` that is called."""
-    for frame in frames():
-        if frame.f_code in _CALLS and frame.f_locals["self"] in modules:
-            module: nn.Module = frame.f_locals["self"]
-            return module
-    return None
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
-def calls_on_stack(module: nn.Module) -> int:
-    """How many calls of `module` are running in this thread."""
-    return sum(frame.f_code is _CALLS[0] and frame.f_locals["self"] is module for frame in frames())
+def _private(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """`function`, which fails by naming the version of torch that lacks what it touches."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return function(*args, **kwargs)
+        except (AttributeError, ImportError, TypeError) as error:
+            what = f"{function.__name__}: {type(error).__name__}: {error}"
+            raise RuntimeError(f"torch {torch.__version__} is not known here: {what}") from error
+
+    return call
 
 
-def steps_on_stack() -> bool:
-    """Whether an optimizer's step runs in this thread, or torch's hooks around it."""
-    return any(frame.f_globals is vars(optimizer) for frame in frames())
+# What runs in this thread, from its Python frames: no hook, so nothing that would switch off a fast
+# path or recompile a graph.
 
 
-def is_running(function: Callable[..., Any]) -> bool:
-    """Whether a call of `function` runs in this thread."""
-    return any(frame.f_code is function.__code__ for frame in frames())
-
-
-def is_traced() -> bool:
-    """Whether what runs is traced into a graph, of which ours must not become a part."""
-    modes = torch._C._TorchDispatchModeKey
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        return True
-    return torch._C._is_tracing() or any(
-        torch._C._get_dispatch_mode(key) is not None for key in (modes.FAKE, modes.PROXY)
-    )
-
-
-def frames() -> Iterator[FrameType]:
+def _frames() -> Iterator[FrameType]:
     """The Python stack of this thread, from the innermost frame."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -59,19 +49,229 @@ def frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+@functools.cache
+def _calls() -> tuple[CodeType, CodeType]:
+    return nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__
+
+
+@_private
+def innermost(modules: Container[nn.Module]) -> nn.Module | None:
+    """The innermost of `modules` that is called.
+
+    Public global module hooks cost new graphs under `torch.compile`. `_call_impl` and
+    `_wrapped_call_impl`, torch <= 2.11. Renamed, or written in C: an error. If another function
+    called the modules: None, and `finds_itself` would be False.
+    """
+    calls = _calls()
+    for frame in _frames():
+        if frame.f_code in calls and frame.f_locals["self"] in modules:
+            module: nn.Module = frame.f_locals["self"]
+            return module
+    return None
+
+
+@_private
+def calls_on_stack(module: nn.Module) -> int:
+    """How many calls of `module` run in this thread; as `innermost` (torch <= 2.11), 0 for None."""
+    call = _calls()[0]
+    return sum(frame.f_code is call and frame.f_locals["self"] is module for frame in _frames())
+
+
+def finds_itself(module: nn.Module) -> bool:
+    """Whether the call of `module` that runs this, from a hook, is found (torch <= 2.11).
+
+    If not, this version of torch is unknown: `innermost` would place no attention map. No error.
+    """
+    try:
+        return calls_on_stack(module) > 0
+    except RuntimeError:
+        return False
+
+
+def steps_on_stack() -> bool:
+    """Whether an optimizer's step runs in this thread, or torch's hooks around it.
+
+    Nothing public tells. All of them run in functions of `torch.optim.optimizer`, torch <= 2.11.
+    In another file: False within a step.
+    """
+    return any(frame.f_globals is vars(optimizer) for frame in _frames())
+
+
+def is_running(function: Callable[..., Any]) -> bool:
+    """Whether a call of `function` runs in this thread: Python alone, no name of torch <= 2.14."""
+    return any(frame.f_code is function.__code__ for frame in _frames())
+
+
+@_private
+def find_scaler() -> GradScaler | None:
+    """The loss scaler that called the optimizer whose step runs in this thread.
+
+    An optimizer does not know its scaler. `step` or `_maybe_opt_step` calls it, and `_scale` is
+    None until there is one, torch <= 2.11. The former renamed: None; the latter: an error.
+    """
+    for frame in _frames():
+        # Of no other frame: f_locals keeps a frame's objects alive as long as the frame lives.
+        if frame.f_code.co_name in ("step", "_maybe_opt_step"):
+            scaler = frame.f_locals.get("self")
+            if isinstance(scaler, GradScaler) and scaler.is_enabled() and scaler._scale is not None:
+                return scaler
+    return None
+
+
+@_private
+def scaler_state(scaler: GradScaler) -> tuple[Tensor, Tensor, float]:
+    """The scale of `scaler` and its clean steps, on their device, and the scale it began with.
+
+    The public `get_scale` and `state_dict` wait for the device. `_scale`, `_growth_tracker` and
+    `_init_scale`, torch <= 2.11. Renamed: an error.
+    """
+    scale: Any = scaler._scale
+    clean: Any = scaler._growth_tracker
+    return scale, clean, scaler._init_scale
+
+
+# Dispatch modes and tracing.
+
+
+@_private
+def is_traced() -> bool:
+    """Whether what runs is traced into a graph, of which ours must not become a part.
+
+    `torch.compiler.is_compiling` does not know `make_fx` and fake tensors. `_get_dispatch_mode` and
+    `_TorchDispatchModeKey`, torch <= 2.11. Renamed: an error.
+    """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return True
+    keys = torch._C._TorchDispatchModeKey
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # it is public
+    return traced or any(
+        torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY)
+    )
+
+
+@_private
+def _take_off_modes() -> tuple[list[Any], Callable[[Any], None]]:
+    from torch.utils._python_dispatch import _pop_mode, _push_mode
+
+    return [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())], _push_mode
+
+
 @contextlib.contextmanager
 def without_modes() -> Iterator[None]:
-    """No dispatch mode sees what runs inside: a FLOP counter counts the model and none of ours."""
-    modes = [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
+    """No dispatch mode sees what runs inside: a FLOP counter counts the model and none of ours.
+
+    Publicly none can be left but by whom entered it. `_pop_mode`, `_push_mode` and
+    `_len_torch_dispatch_stack`, torch <= 2.11. Renamed: an error.
+    """
+    modes, push = _take_off_modes()
     try:
         yield
     finally:
         for mode in reversed(modes):
-            _push_mode(mode)
+            push(mode)
+
+
+@_private
+def without_overrides() -> tuple[contextlib.AbstractContextManager[None], ...]:
+    """Two contexts in which no mode, of dispatch or of functions, and no subclass sees what runs.
+
+    Flags, at a quarter of the cost of `without_modes`; nothing public sets them.
+    `DisableTorchFunction` and `_DisableTorchDispatch`, torch <= 2.11. Renamed: an error. If they
+    left a mode on, it would see what is ours.
+    """
+    return torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch()
+
+
+# Modules and tensors.
+
+
+@_private
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of `module` itself are compiled.
+
+    Nothing public tells. `_compiled_call_impl` is that of `module.compile()`, `_orig_mod` is in
+    what `torch.compile(module)` returns, torch <= 2.11. The former renamed: an error; the latter:
+    False, and hooks are put on that are never called.
+    """
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
+@_private
+def is_normalization(module: nn.Module) -> bool:
+    """Whether `module` is a batch or instance norm, which keeps statistics while it trains.
+
+    Libraries derive from the base, which is not public: `_NormBase`, torch <= 2.11. Renamed: an
+    error.
+    """
+    return isinstance(module, nn.modules.batchnorm._NormBase)
+
+
+@_private
+def version(tensor: Tensor) -> int:
+    """How often `tensor` was written in place; -1 under inference mode, which does not count.
+
+    `torch.autograd.graph` only counts it up. `_version`, torch <= 2.11. Renamed: an error.
+    """
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@_private
+def is_in_functorch(tensor: Tensor) -> bool:
+    """Whether `tensor` stands for others inside `torch.func.grad` or `vmap`, and has no values.
+
+    Nothing public tells. `is_functorch_wrapped_tensor`, torch <= 2.11. Renamed: an error.
+    """
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return wrapped
+
+
+@_private
+def norm_of_each(tensors: list[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """The L2 norm of each, computed and returned as `dtype`, 0-d: all in one kernel.
+
+    `nn.utils.get_total_norm` has one for all. `_foreach_norm`, torch <= 2.11. Renamed: an error.
+    """
+    return torch._foreach_norm(tensors, dtype=dtype)
+
+
+@_private
+def leaves_of(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """What lies in `tree`, also in containers that libraries have registered; what rebuilds it.
+
+    There is no public pytree until 2.14. `_pytree`, torch <= 2.11. Moved: an error.
+    """
+    from torch.utils import _pytree
+
+    leaves, spec = _pytree.tree_flatten(tree)
+    return leaves, functools.partial(_pytree.tree_unflatten, treespec=spec)
+
+
+# Backward.
+
+
+@_private
+def backward_pass() -> int:
+    """The number of the backward pass that runs in this thread; -1 for none.
+
+    Nothing public tells. `_current_graph_task_id`, torch <= 2.11. Renamed: an error.
+    """
+    return torch._C._current_graph_task_id()
+
+
+@_private
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call `callback` at the end of the backward pass that runs in this thread.
+
+    That is after DDP's and FSDP2's own, which reduce the gradients; the public
+    `register_multi_grad_hook` comes before. `queue_callback`, torch <= 2.11. Renamed: an error.
+    """
+    # What is queued at the end runs behind what was queued until then.
+    engine = torch.autograd.Variable._execution_engine
+    engine.queue_callback(functools.partial(engine.queue_callback, callback))
 
 
 class Hook:
-    """A hook that copies as nothing.
+    """A hook that copies as nothing: `nn.Module` keeps hooks where they are copied with it.
 
     deepcopy, pickle and torch.save carry `nullcontext().__exit__` in its place, which takes any
     arguments and does nothing: copies are silent, and load where bthooks is not installed.

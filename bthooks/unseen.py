@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from .capture.nonfinite import is_compiled
 from .capture.wanted import Wanted
 from .measure.uncertainty import KEYS
 from .names import module_names, parameter_names, selector
 from .report import Ledger
+from .torch_private import is_compiled
 
 _COMPILED = (
     "compiled, where an explicit softmax or flex_attention is fused with its neighbours and can't "
@@ -27,7 +27,9 @@ def unseen(
         steps: how many have begun.
     """
     paths = {} if root is None else module_names(root)
-    compiled = [path for module, path in paths.items() if is_compiled(module)]
+    compiled: list[str] = []
+    with ledger.guard("compiled modules"):
+        compiled = [path for module, path in paths.items() if is_compiled(module)]
     why = _reasons(called=calls > 0, stepped=steps > 0, compiled=compiled)
     missed = {kind: why[kind] for kind in wanted.kinds if not ledger.names(kind)}
     if seen := ledger.names("attention"):

@@ -136,7 +136,10 @@ class Wiring:
         self.calls += 1
         running = self._forward
         if running is not None and running.thread == threading.get_ident():
-            if calls_on_stack(root) > 1:
+            is_inside = True
+            with self.ledger.guard("forward"):
+                is_inside = calls_on_stack(root) > 1
+            if is_inside:
                 self._depth += 1
                 return
             self._close_forward()  # KeyboardInterrupt skips the hook that closes it

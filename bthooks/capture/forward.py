@@ -20,7 +20,7 @@ from ..measure.sharded import readable
 from ..measure.uncertainty import find_uncertainties
 from ..names import module_names
 from ..report import Ledger
-from ..torch_private import Hook, calls_on_stack, without_modes
+from ..torch_private import Hook, finds_itself, without_modes
 from .attention import AttentionMode, leave
 from .nonfinite import Trail, observable
 from .wanted import Wanted
@@ -52,7 +52,7 @@ class ObservedForward:
             if histograms and "activations" in wanted.kinds:
                 self._hook_activations(paths)
             if scalars and "attention" in wanted.kinds:
-                if not calls_on_stack(root):
+                if not finds_itself(root):
                     ledger.warn_once(
                         "attention",
                         f"torch {torch.__version__} is unknown: it does not run modules as the "

@@ -19,7 +19,14 @@ from torch.utils.hooks import RemovableHandle
 from ..measure.nonfinite import Call, Extremes, Forward, extremes
 from ..measure.sharded import local
 from ..report import Ledger
-from ..torch_private import Hook, without_modes
+from ..torch_private import (
+    Hook,
+    is_compiled,
+    is_in_functorch,
+    version,
+    without_modes,
+    without_overrides,
+)
 
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _DTYPES |= {torch.complex64, torch.complex128}
@@ -82,9 +89,11 @@ class Trail:
                 return Forward()
         owned = {}
         for module, path in self._paths.items():
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                for pair in self._extremes(tensor):
-                    owned[f"{path}.{name}".removeprefix("root.")] = pair
+            # Unbound: some models override them.
+            for named in (nn.Module.named_parameters, nn.Module.named_buffers):
+                for name, tensor in named(module, recurse=False, remove_duplicate=False):
+                    for pair in self._extremes(tensor):
+                        owned[f"{path}.{name}".removeprefix("root.")] = pair
         compiled = [path for module, path in self._paths.items() if is_compiled(module)]
         return Forward(calls, owned, compiled)
 
@@ -93,7 +102,8 @@ class Trail:
         try:
             stale = {id(tensor) for tensor in former}
             # Modes are off by a flag: to take them off the stack costs more than all the rest.
-            with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.no_grad():
+            functions, dispatch = without_overrides()
+            with functions, dispatch, torch.no_grad():
                 pairs = [self._of(t, is_former=id(t) in stale) for t in _tensors(values, 4)]
                 return [pair for pair in pairs if pair is not None]
         except Exception as error:
@@ -101,15 +111,15 @@ class Trail:
             return []
 
     def _of(self, tensor: Tensor, is_former: bool) -> Extremes | None:
-        version = -1 if tensor.is_inference() else tensor._version
+        written = version(tensor)
         found = self._seen.get(id(tensor))
-        if found is not None and found[0]() is tensor and (is_former or found[1] == version):
+        if found is not None and found[0]() is tensor and (is_former or found[1] == written):
             return found[2]
         part = local(tensor)
         if not _is_readable(part):
             return None
         pair = extremes(part)
-        self._seen[id(tensor)] = weakref.ref(tensor), version, pair
+        self._seen[id(tensor)] = weakref.ref(tensor), written, pair
         return pair
 
 
@@ -130,11 +140,6 @@ def observable(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     return (module for module in modules if module not in hidden)
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether calls of `module` itself are compiled."""
-    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
-
-
 def _tensors(values: Any, depth: int) -> Iterator[Tensor]:
     if isinstance(values, Tensor):
         yield values
@@ -153,7 +158,7 @@ def _is_readable(tensor: Tensor) -> bool:
         and type(tensor) in (Tensor, nn.Parameter)
         and tensor.layout is torch.strided
         and not (tensor.is_meta or tensor.is_nested)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not is_in_functorch(tensor)
         and tensor.untyped_storage().size() > 0
         and tensor.numel() > 0
     )

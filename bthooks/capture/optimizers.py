@@ -1,4 +1,4 @@
-"""Optimizers: which of them hold parameters of the model, and the loss scaler that they step under.
+"""Optimizers: which of them hold parameters of the model.
 
 No optimizer is passed to `attach`: torch tells of every step of every optimizer, other models' too.
 """
@@ -9,12 +9,10 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
-from torch.amp import GradScaler
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ..measure.sharded import local
-from ..torch_private import frames
 
 
 class Optimizers:
@@ -66,17 +64,6 @@ class Optimizers:
 def held(optimizer: Optimizer) -> set[Tensor]:
     """The parameters of `optimizer`."""
     return {p for group in optimizer.param_groups for p in group["params"]}
-
-
-def find_scaler() -> GradScaler | None:
-    """The scaler that called the optimizer whose step runs in this thread."""
-    for frame in frames():
-        # Of no other frame: f_locals keeps a frame's objects alive as long as the frame lives.
-        if frame.f_code.co_name in ("step", "_maybe_opt_step"):
-            scaler = frame.f_locals.get("self")
-            if isinstance(scaler, GradScaler) and scaler.is_enabled() and scaler._scale is not None:
-                return scaler
-    return None
 
 
 class Probe:

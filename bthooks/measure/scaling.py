@@ -5,12 +5,14 @@ A skipped step leaves no trace but in the scaler's own state, which changes in p
 
 import gc
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
+
+from ..torch_private import scaler_state
 
 
 class Scaling(NamedTuple):
@@ -40,15 +42,14 @@ def is_any_scaler() -> bool:
 @torch.no_grad()
 def scaling(scaler: GradScaler, optimizer: Optimizer, steps: int) -> Scaling:
     """The state of `scaler`, copied on its device: it changes in place."""
-    scale: Any = scaler._scale
-    tracker: Any = scaler._growth_tracker
+    scale, clean, initial = scaler_state(scaler)
     overflow = getattr(optimizer, "found_inf", None)  # a fused optimizer has it during its step
     overflow = torch.zeros_like(scale) if overflow is None else overflow.to(scale.device)
-    state = torch.stack([scale.float(), tracker.float(), overflow.float().reshape(())])
+    state = torch.stack([scale.float(), clean.float(), overflow.float().reshape(())])
     return Scaling(
         state,
         steps,
-        scaler._init_scale,
+        initial,
         scaler.get_growth_factor(),
         scaler.get_backoff_factor(),
         scaler.get_growth_interval(),

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils import _pytree
 
 from .. import checks
+from ..torch_private import is_normalization, leaves_of
 
 KEYS = {
     "epistemic": ("epistemic_uncertainty", "epistemic"),
@@ -27,8 +27,6 @@ KEYS = {
     "total": ("uncertainty",),
 }
 """By kind, the names that a model's output may hold it under."""
-
-_NORM = nn.modules.batchnorm._NormBase  # batch and instance norm: they have running statistics
 
 
 @torch.no_grad()
@@ -177,7 +175,8 @@ def _mapped(given: Any, function: Callable[[Tensor], Tensor]) -> Any:
         parts = {name: _mapped(getattr(leaf, name), function) for name in names}
         return dataclasses.replace(leaf, **parts)
 
-    return _pytree.tree_map(of_leaf, given)
+    leaves, rebuilt = leaves_of(given)
+    return rebuilt([of_leaf(leaf) for leaf in leaves])
 
 
 def _cloned(given: Any) -> tuple[Any, list[Tensor]]:
@@ -201,13 +200,13 @@ def _dropping(model: nn.Module, inputs: Any) -> Iterator[None]:
         for name, buffer in module.named_buffers(recurse=False)
         if not is_lazy(buffer) and not buffer.is_inference()
     ]
-    tensors = [*model.parameters(), *model.buffers(), *_pytree.tree_leaves(inputs)]
+    tensors = [*model.parameters(), *model.buffers(), *leaves_of(inputs)[0]]
     devices = {t.device for t in tensors if isinstance(t, Tensor) and t.is_cuda}
     with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
         try:
             for module in flags:
                 # Not train(), which models override.
-                module.training = not isinstance(module, _NORM)
+                module.training = not is_normalization(module)
             yield
         finally:
             for module, flag in flags.items():

@@ -1,0 +1,432 @@
+"""Each private name of torch behaves as we rely on it: one test for each function of the room.
+
+Where a new torch fails here, the function of that name is what has to be mended, and nothing else.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import functools
+import re
+import sys
+import warnings
+from pathlib import Path
+from types import FunctionType
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp.fully_sharded_data_parallel import FSDP_WRAPPED_MODULE
+from torch.func import grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules import module
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import bthooks
+from bthooks import torch_private as room
+from bthooks.names import unwrapped
+
+TREE = ast.parse(Path(room.__file__).read_text())
+FUNCTIONS = {
+    node.name: node
+    for node in TREE.body
+    if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+}
+MAY_FAIL = [name for name, node in FUNCTIONS.items() if node.decorator_list]
+
+
+class Calls(nn.Module):
+    """Calls `inner`, then `look`, whose results it keeps."""
+
+    def __init__(self, look, inner=None):
+        super().__init__()
+        self.inner, self.look, self.seen = inner, look, []
+
+    def forward(self, x):
+        if self.inner is not None:
+            x = self.inner(x)
+        self.seen.append(self.look())
+        return x * 2
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_it_has_a_test_and_says_since_which_torch(name):
+    assert f"test_{name}" in globals()
+    assert re.search(r"torch <= \d\.\d+", ast.get_docstring(FUNCTIONS[name]) or "")
+
+
+def test_innermost():
+    child = Calls(lambda: room.innermost({root, child}))
+    root = Calls(lambda: room.innermost({root, child}), nn.Sequential(child))
+    root(torch.ones(2))
+    assert (child.seen, root.seen) == ([child], [root])
+    child.look = lambda: room.innermost({root})
+    root(torch.ones(2))
+    assert child.seen[1] is root
+    assert room.innermost({root, child}) is None
+
+    seen = []
+
+    def backend(graph, inputs):
+        def run(*args):
+            seen.append(room.innermost({compiled}))
+            return graph(*args)
+
+        return run
+
+    class Compiled(nn.Module):
+        def forward(self, x):
+            return x.exp()
+
+    compiled = Compiled()
+    compiled.compile(backend=backend)
+    compiled(torch.ones(2))
+    assert seen == [compiled]
+
+
+def test_calls_on_stack():
+    class Recursive(nn.Module):
+        def forward(self, depth):
+            return self(depth - 1) if depth else room.calls_on_stack(self)
+
+    assert [Recursive()(depth) for depth in (0, 1, 4)] == [1, 2, 5]
+    assert room.calls_on_stack(Recursive()) == 0
+
+
+def test_finds_itself(monkeypatch):
+    found = []
+
+    def look(module, args):
+        found.append(room.finds_itself(module))
+
+    root = nn.Linear(2, 2)
+    for hooked in (root, nn.DataParallel(root), torch.compile(nn.Linear(2, 2), backend="eager")):
+        hooked.register_forward_pre_hook(look)
+        hooked(torch.ones(2))
+    with register_module_forward_pre_hook(look):
+        nn.TransformerEncoderLayer(2, 1, 2).eval()(torch.ones(2, 2))
+    assert len(found) > 4
+    assert all(found)
+    assert not room.finds_itself(root)
+
+    class Other(nn.Linear):
+        """Its hooks are run by another function, as if torch had renamed it."""
+
+        _call_impl = FunctionType(nn.Module._call_impl.__code__.replace(), vars(module))
+
+    other = Other(2, 2)
+    other.register_forward_pre_hook(look)
+    other(torch.ones(2))
+    assert not found[-1]
+    room._calls.cache_clear()
+    monkeypatch.setattr(nn.Module, "_call_impl", len)
+    assert not room.finds_itself(root)  # in C
+    monkeypatch.delattr(nn.Module, "_call_impl")
+    assert not room.finds_itself(root)  # renamed
+
+
+def test_steps_on_stack():
+    found = []
+
+    def look(*_):
+        found.append(room.steps_on_stack())
+
+    def closure():
+        look()
+        return torch.zeros(())
+
+    class Own(torch.optim.Optimizer):
+        def step(self, closure=None):
+            look()
+
+    parameter = nn.Parameter(torch.ones(2))
+    with register_optimizer_step_pre_hook(look), register_optimizer_step_post_hook(look):
+        torch.optim.SGD([parameter]).step(closure)
+        Own([parameter], {}).step()
+    assert found == [True] * 6
+    assert not room.steps_on_stack()
+
+
+def test_is_running():
+    def inner():
+        return room.is_running(outer), room.is_running(test_is_running)
+
+    def outer():
+        return inner()
+
+    assert outer() == (True, True)
+    assert inner() == (False, True)
+
+
+# A fused one unscales by itself: the scaler's `step` calls it, and not `_maybe_opt_step`.
+@pytest.mark.parametrize("kind", [torch.optim.SGD, functools.partial(torch.optim.SGD, fused=True)])
+def test_find_scaler(kind):
+    found = []
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = kind([parameter])
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    with register_optimizer_step_post_hook(lambda *_: found.append(room.find_scaler())):
+        scaler.scale(parameter.sum()).backward()
+        scaler.step(optimizer)
+        optimizer.step()
+        off = torch.amp.GradScaler("cpu", enabled=False)
+        off.scale(parameter.sum()).backward()
+        off.step(optimizer)
+    assert found == [scaler, None, None]
+
+
+def test_scaler_state():
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter])
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for loss, expected in ((parameter.sum(), (8, 1, 8)), (parameter.sum() * torch.inf, (4, 0, 8))):
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert room.scaler_state(scaler) == expected
+
+
+def test_is_traced():
+    found = []
+
+    def look(x):
+        found.append(room.is_traced())
+        return x + 1
+
+    look(torch.ones(2))
+    make_fx(look)(torch.ones(2))
+    make_fx(look, tracing_mode="fake")(torch.ones(2))
+    torch.jit.trace(look, torch.ones(2), check_trace=False)
+    look(torch.ones(2))
+    assert found == [False, True, True, True, False]
+
+
+class Watch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class WatchFunctions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_without_modes():
+    x = torch.ones(2)
+    with Watch() as outer, Watch() as inner:
+        with contextlib.suppress(KeyError), room.without_modes():
+            x.exp()
+            raise KeyError
+        assert outer.seen == inner.seen == []
+        with FlopCounterMode(display=False) as counter:
+            with room.without_modes():
+                torch.ones(2, 2) @ torch.ones(2, 2)
+            assert counter.get_total_flops() == 0
+            x.sin()
+    assert outer.seen == inner.seen == [torch.ops.aten.sin.default]
+
+
+def test_without_overrides():
+    class Subclass(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, *given):
+            raise AssertionError
+
+    x, own = torch.ones(2), torch.ones(2).as_subclass(Subclass)
+    with Watch() as mode, WatchFunctions() as functions:
+        first, second = room.without_overrides()
+        with first, second:
+            x.exp()
+            torch.sin(own)
+        assert mode.seen == functions.seen == []
+        x.exp()
+    assert len(mode.seen) == len(functions.seen) == 1
+
+
+def test_is_compiled():
+    assert not room.is_compiled(nn.Linear(2, 2))
+    assert room.is_compiled(torch.compile(nn.Linear(2, 2)))
+    in_place = nn.Linear(2, 2)
+    in_place.compile()
+    assert room.is_compiled(in_place)
+
+
+def test_is_normalization():
+    norms = nn.BatchNorm1d(2), nn.InstanceNorm3d(2), nn.SyncBatchNorm(2), nn.LazyBatchNorm2d()
+    assert all(map(room.is_normalization, norms))
+    others = nn.LayerNorm(2), nn.GroupNorm(1, 2), nn.RMSNorm(2), nn.Dropout()
+    assert not any(map(room.is_normalization, others))
+
+
+def test_version():
+    x = torch.ones(2)
+    before = room.version(x)
+    x.detach()[0] = 2
+    assert room.version(x) == before + 1
+    x.exp()
+    assert room.version(x) == before + 1
+    with torch.inference_mode():
+        assert room.version(torch.ones(2)) == -1
+
+
+def test_is_in_functorch():
+    found = []
+
+    def look(x):
+        found.append(room.is_in_functorch(x))
+        return x.sum()
+
+    grad(look)(torch.ones(2))
+    vmap(look)(torch.ones(2, 2))
+    look(nn.Parameter(torch.ones(2)))
+    assert found == [True, True, False]
+
+
+def test_norm_of_each():
+    large = torch.full((3,), 1e4, dtype=torch.float16)
+    found = room.norm_of_each([large, torch.ones(4).half()], torch.float64)
+    assert [norm.dtype for norm in found] == [torch.float64] * 2
+    assert [norm.shape for norm in found] == [()] * 2
+    torch.testing.assert_close(torch.stack(list(found)), torch.tensor([3e8**0.5, 2.0]).double())
+
+
+class Pair(NamedTuple):
+    a: object
+    b: object
+
+
+@dataclasses.dataclass
+class Registered:
+    x: object
+
+
+torch.utils._pytree.register_dataclass(Registered)
+
+
+def test_leaves_of():
+    tree = {"a": [1, (2, None)], "b": Pair(3, Registered(4))}
+    leaves, rebuilt = room.leaves_of(tree)
+    assert [leaf for leaf in leaves if leaf is not None] == [1, 2, 3, 4]
+    doubled = rebuilt([leaf and leaf * 2 for leaf in leaves])
+    assert doubled == {"a": [2, (4, None)], "b": Pair(6, Registered(8))}
+
+
+def test_backward_pass():
+    found, recomputed = [], []
+    parameters = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(lambda _: found.append(room.backward_pass()))
+
+    def look(x):
+        recomputed.append(room.backward_pass())
+        return x.exp()
+
+    for _ in range(2):
+        checkpoint(look, parameters[0] * parameters[1], use_reentrant=False).sum().backward()
+    a, again, b, _ = found
+    assert -1 != a == again != b != -1
+    assert recomputed == [-1, a, -1, b]
+    assert room.backward_pass() == -1
+
+
+def test_after_backward():
+    order = []
+    first, last = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+
+    def accumulated(parameter):
+        order.append("last")
+        room.after_backward(lambda: order.append("ours"))
+
+    def reduce(parameter):
+        order.append("first")
+        queue = torch.autograd.Variable._execution_engine.queue_callback  # as DDP and FSDP2 do
+        queue(lambda: order.append("reduced"))
+
+    last.register_post_accumulate_grad_hook(accumulated)
+    first.register_post_accumulate_grad_hook(reduce)
+    ((first * 2).exp() * last).sum().backward()
+    assert order == ["last", "first", "reduced", "ours"]
+
+
+def test_the_names_of_wrappers_are_known():
+    for wrapper in (torch.compile(nn.Linear(2, 2)), checkpoint_wrapper(nn.Linear(2, 2))):
+        names = [name for name, _ in wrapper.named_modules()]
+        assert [*map(unwrapped, names)] == ["root", "root"]
+    assert unwrapped(f"{FSDP_WRAPPED_MODULE}.weight") == "weight"
+
+
+def test_nothing_private_is_touched_at_import():
+    for node in TREE.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            continue
+        names = [n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)]
+        names += [alias.name for alias in getattr(node, "names", ())]
+        names += (getattr(node, "module", None) or "").split(".")
+        assert not [name for name in names if re.match("_[a-z]", name)]
+
+
+def test_a_name_that_is_gone_is_an_error_with_the_version(monkeypatch):
+    monkeypatch.delattr(torch, "_foreach_norm")
+    with pytest.raises(
+        RuntimeError, match=rf"^torch {re.escape(torch.__version__)} .*norm_of_each"
+    ):
+        room.norm_of_each([torch.ones(2)], torch.float32)
+
+
+@pytest.mark.parametrize("name", MAY_FAIL)
+def test_what_fails_is_said_and_training_goes_on(name, monkeypatch, tmp_path):
+    met = []
+
+    def gone(*args, **kwargs):
+        met.append(name)
+        raise RuntimeError("torch 9.9 is not known here")
+
+    original = getattr(room, name)
+    for ours in [m for key, m in sys.modules.items() if key.startswith("bthooks")]:
+        if getattr(ours, name, None) is original:
+            monkeypatch.setattr(ours, name, gone)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.attend = nn.Linear(8, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x, again=True):
+            x = self(x, again=False) if again else self.embed(x)
+            return self.attend(x, x, x)[0]
+
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with bthooks.attach(model, tmp_path, every=1, histograms_every=1) as handle:
+            for x in torch.rand(3, 4, 6, 8):
+                scaler.scale(model(x).sum()).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                model(x * torch.nan)
+            report = str(handle.report())
+    assert not met or "torch 9.9" in report
+    assert not met or any("torch 9.9" in str(warning.message) for warning in said)

@@ -36,7 +36,7 @@ class Readings:
     norms: dict[str, Tensor] = field(default_factory=dict)  # parameter name -> 0-d
     unclipped: dict[str, Tensor] = field(default_factory=dict)  # the same, before clipping
     scaling: Scaling | None = None  # of the loss
-    attention: dict[str, Tensor] = field(default_factory=dict)  # module path -> (heads, 15)
+    attention: dict[str, Tensor] = field(default_factory=dict)  # module path -> accumulators
     histograms: dict[str, Histogram] = field(default_factory=dict)  # tag -> buckets
     samples: dict[str, Tensor] = field(default_factory=dict)  # tag -> (n,), drawn as histogram
     forwards: list[Forward] = field(default_factory=list)  # what was not finite in each

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .dtypes import widened
 from .scores import BLOCKED, row_blocks, score_blocks, seen, take
 
 _FAR = -5e3  # a score that far below the largest of its row is one that was hidden
@@ -100,8 +101,7 @@ def sums_of_weights(weights: Tensor, rows: int | None = None) -> Tensor:
     row_size = weights[:, :, 0].numel()
     blocks: list[Tensor] = []
     for at, _ in row_blocks(weights.shape[-2], rows, row_size, weights.device):
-        w = take(weights, at)
-        w = w.to(torch.promote_types(w.dtype, torch.float32))
+        w = take(weights, at).to(widened(weights.dtype))
         alive = w.sum(-1) > 0  # (B, H, r); False for NaN too
         w = torch.where(alive[..., None], w, 0)
         block = _accumulators(
@@ -158,10 +158,9 @@ def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | Non
         )
     scores = _with_heads(scores)
     batch, heads, length, columns = scores.shape
-    dtype = torch.promote_types(scores.dtype, torch.float32)
     blocks: list[Tensor] = []
     for at, _ in row_blocks(length, rows, batch * heads * columns, scores.device):
-        block = scores.index_select(-2, at).to(dtype)  # (B, H, r, S)
+        block = scores.index_select(-2, at).to(widened(scores.dtype))  # (B, H, r, S)
         blocks.append(_sums_of_block(_without_dead(block), at, keys=keys))
     return reduce(merge, blocks)
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dtypes import widened, widest
+
 BINS = 15
 _LEAST = torch.finfo(torch.float64).eps  # a probability below counts as it, as in scikit-learn
 
@@ -61,7 +63,7 @@ def calibration_bins(probabilities: Tensor, targets: Tensor, bins: int = BINS) -
     checked_classes("calibration", probabilities, targets)
     if not isinstance(bins, int) or bins < 1:
         raise ValueError(f"calibration: bins is a whole number from 1, got {bins!r}")
-    wide = torch.float32 if probabilities.device.type == "mps" else torch.float64
+    wide = widest(probabilities.device)
     p = probabilities.detach().flatten(0, -2).to(wide)  # (N, C)
     target = targets.detach().flatten().to(p.device, torch.int64)[:, None]
     confidence, predicted = p.max(-1)
@@ -72,8 +74,8 @@ def calibration_bins(probabilities: Tensor, targets: Tensor, bins: int = BINS) -
     columns = (torch.ones_like(true), confidence, right, brier, -true.clamp(min=_LEAST).log())
     # In the type of the confidences: 0.2 in float32 is not below the edge 0.2. linspace is: of 15
     # bins it puts six edges beside the nearest float32.
-    narrow = torch.promote_types(probabilities.dtype, torch.float32)
-    edges = (torch.arange(bins + 1, dtype=wide, device=p.device) / bins).to(narrow).to(wide)
+    edges = torch.arange(bins + 1, dtype=wide, device=p.device) / bins
+    edges = edges.to(widened(probabilities.dtype)).to(wide)
     index = torch.bucketize(confidence, edges, right=True).sub(1).clamp(0, bins - 1)
     return torch.zeros(bins, 5, dtype=wide, device=p.device).index_add_(
         0, index, torch.stack(columns, dim=1) * counts
@@ -152,7 +154,7 @@ def ranking_stats(uncertainty: Tensor, probabilities: Tensor, targets: Tensor) -
     are wrong. The area is that of Geifman and El-Yaniv (2017).
     """
     p = probabilities.detach().flatten(0, -2)
-    wide = torch.float32 if p.device.type == "mps" else torch.float64
+    wide = widest(p.device)
     target = targets.detach().flatten().to(p.device, torch.int64)[:, None]
     u = uncertainty.detach().flatten().to(p.device, wide)
     wrong = (p.argmax(-1) != target[:, 0]).to(wide)

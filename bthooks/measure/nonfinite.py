@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dtypes import as_real
+
 
 class Extremes(NamedTuple):
     """The least and the largest value of a tensor, 0-d each; both NaN if any value is."""
@@ -110,9 +112,7 @@ class Forward:
 
 def extremes(tensor: Tensor) -> Extremes:
     """Of a floating-point or complex tensor: one pass, an eighth of what `isfinite` takes."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    return Extremes(*torch.aminmax(tensor))
+    return Extremes(*torch.aminmax(as_real(tensor)))
 
 
 def _is_origin(call: Call) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from .dtypes import widened
+
 BLOCKED = -1e4  # an added mask at or below it hides the key: float16's minimum is -65504
 _GOLDEN = 2654435769  # 2 ** 32 / golden ratio
 _BLOCK = {"cpu": 1 << 21}  # scores held at a time, over batch and heads: what a cache holds
@@ -44,7 +46,7 @@ def score_blocks(
     """
     batch, heads, length, width = query.shape
     keys = key.shape[-2]
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    dtype = widened(query.dtype)
     scale = width**-0.5 if scale is None else scale
     key_heads = key.shape[1]
     # (B, Hk, d, S); a view into (query, key, value) is twice as slow

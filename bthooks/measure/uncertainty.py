@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dtypes import widened
+
 KEYS = {
     "epistemic": ("epistemic_uncertainty", "epistemic"),
     "aleatoric": ("aleatoric_uncertainty", "aleatoric"),
@@ -82,7 +84,7 @@ def decompose_uncertainty(
 
 
 def _wide(values: Tensor) -> Tensor:
-    return values.detach().to(torch.promote_types(values.dtype, torch.float32))
+    return values.detach().to(widened(values.dtype))
 
 
 def find_uncertainties(output: Any) -> dict[str, Tensor]:

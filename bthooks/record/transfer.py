@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..measure.dtypes import widest
+
 
 class Transfer:
     """The tensors as float64 on the CPU, 0-d ones as numbers.
@@ -28,8 +30,7 @@ class Transfer:
         for (device, _, scalars), indices in groups.items():
             group = [tensors[index] for index in indices]
             values = torch.stack(group) if scalars else torch.cat([t.reshape(-1) for t in group])
-            wide = torch.float32 if device.type == "mps" else torch.float64
-            joined.setdefault(device, []).append(values.to(wide))
+            joined.setdefault(device, []).append(values.to(widest(device)))
             self._order.setdefault(device, []).append(indices)
         self._copies: dict[torch.device, Tensor] = {}
         self._arrivals: list[torch.cuda.Event] = []

@@ -4,15 +4,13 @@ In: what several samples of a model predict, or the output of a forward that say
 Out: the uncertainties by kind.
 """
 
-import functools
-import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .dtypes import widened
+from .outputs import held_as
 
 KEYS = {
     "epistemic": ("epistemic_uncertainty", "epistemic"),
@@ -99,18 +97,10 @@ def find_uncertainties(output: Any) -> dict[str, Tensor]:
     found = {}
     for kind, keys in KEYS.items():
         for key in keys:
-            value = output.get(key) if isinstance(output, Mapping) else _attribute(output, key)
+            value = held_as(output, key)
             if not isinstance(value, Tensor) or value.is_meta or value.is_complex():
                 continue
             if value.numel():
                 found[kind] = value
                 break
     return found
-
-
-def _attribute(output: Any, name: str) -> Any:
-    """What `output` holds: a property is left alone, which may compute or draw random numbers."""
-    static = inspect.getattr_static(output, name, None)
-    if static is None or isinstance(static, property | functools.cached_property):
-        return None
-    return getattr(output, name, None)

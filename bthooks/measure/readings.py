@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..health.conditions import Figures
+from ..health.conditions import Figures, Thresholds
 from ..names import distinct
 from ..record.images import heat_map
 from ..record.transfer import Transfer
@@ -148,8 +148,8 @@ def compose(
         scalars["attention/mean_entropy"] = sum(entropies) / len(entropies)
     drawn = {}
     if images and stats:
-        rows = [attention.finalize(sums)["entropy"] for sums in readings.attention.values()]
-        drawn["attention/head_entropy"] = heat_map(rows)
+        nats = {p: attention.finalize(sums)["entropy"] for p, sums in readings.attention.items()}
+        drawn["attention/head_entropy"] = heat_map(nats, Thresholds().entropy)
     for tag, found_ in readings.histograms.items():
         if nonfinite := float(found_.summary[5]):
             scalars[f"health/nonfinite/{tag.replace('/distribution', '', 1)}"] = nonfinite

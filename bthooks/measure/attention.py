@@ -128,7 +128,7 @@ def sums_of_query_key(
         rows: take this many query rows, evenly spread; None takes all.
         arguments: as for `scores.score_blocks`.
 
-    Nested tensors, `(batch, heads, L_i, d)`, are as many maps of one sample, merged.
+    Of nested tensors, `(batch, heads, L_i, d)`, each sample is measured alone, and all are merged.
     """
     if query.is_nested:
         pairs = zip(query.unbind(), key.unbind(), strict=True)
@@ -147,10 +147,10 @@ def sums_of_query_key(
 def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | None = None) -> Tensor:
     """The accumulators of one map from the scores `(..., heads, L, S)` of its softmax.
 
-    A key that is not seen has a score 5e3 or more below the largest of its row; a row sees none
-    where all are -1e4 or below and equal, what was added to them having swallowed them.
-    Columns outside `keys` are sinks: they take their share of the softmax and are no keys. `rows`
-    as in `sums_of_query_key`.
+    A key counts as hidden where its score is 5e3 or more below the largest of its row. A row sees
+    no key where all its scores are -1e4 or below and equal: the mask that was added was so large
+    that nothing is left of their differences. Columns outside `keys` are sinks: they take their
+    share of the softmax and are no keys. `rows` as in `sums_of_query_key`.
     """
     if scores.is_nested:
         return reduce(
@@ -166,16 +166,16 @@ def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | Non
 
 
 def _without_dead(scores: Tensor) -> Tensor:
-    """The scores, -inf where a row sees no key; overwritten."""
+    """The scores, overwritten: all -inf where a row sees no key."""
     top, low = scores.amax(-1, keepdim=True), scores.amin(-1, keepdim=True)
-    # float16's least, -65504, keeps 5e-4 of itself as differences; others are equal.
+    # Scores beside -65504, float16's min, may still differ by 5e-4 of it; beside others by nothing.
     swallowed = torch.where(top <= -6e4, 1e-3 * top.abs(), 0)
     dead = (top <= BLOCKED) & (top - low <= swallowed)
     return scores.masked_fill_(dead, -torch.inf)
 
 
 def _with_heads(values: Tensor) -> Tensor:
-    """As `(batch, heads, query, key)`; three dimensions or fewer are all batch."""
+    """As `(batch, heads, query, key)`; of three dimensions or fewer as one head."""
     heads = values.shape[-3] if values.dim() > 3 else 1
     return values.reshape(-1, heads, *values.shape[-2:])
 
@@ -264,7 +264,8 @@ def finalize(accumulators: Tensor) -> dict[str, Tensor]:
 def whole(maps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     """The statistics of each map over all its heads, from its accumulators on the host.
 
-    One that was not measured is left out: no row saw a key, no row two keys, no score known.
+    A statistic without a measurement is left out: of a map in which no row sees a key, or two keys
+    (`entropy_normalized`), or of which only the weights are known (`max_logit`).
     """
     found: dict[str, dict[str, float]] = {path: {} for path in maps}
     if not maps:

@@ -124,12 +124,12 @@ def calibration_of(bins: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def error_by_chance(bins: Tensor) -> Tensor:
-    """The `ece` that chance alone may make, if each bin is right as often as it says, 0-d.
+    """The `ece` that chance alone may give a model that is right as often as it says, 0-d.
 
-    Over 32 samples that of a perfect model is 0.2 on average. How many of a bin are right is close
-    to normal around what it says: the mean of that distance, and twice its deviation.
+    Over 32 samples a perfect model has 0.2 on average. How many of a bin are right is close to a
+    normal variable around what the bin says: this is the mean of the distance and two deviations.
     """
-    count, confidence = bins[:, 0], bins[:, 1]
+    count, confidence, *_ = bins.unbind(1)
     mean = (confidence / count.clamp(min=1)).clamp(0, 1)
     variance, share = mean * (1 - mean) * count, 2 / math.pi  # of a half-normal's mean squared
     expected = (share * variance).sqrt().sum()
@@ -150,8 +150,8 @@ def ranking_stats(uncertainty: Tensor, probabilities: Tensor, targets: Tensor) -
     | `spearman` | rank correlation with -log p(true class) |
     | `aurc` | risk-coverage area: error rate of the k surest, mean over all k |
 
-    Ties count half, and share their mean rank and risk. `auroc` is NaN where all are right, or all
-    are wrong. The area is that of Geifman and El-Yaniv (2017).
+    Ties count half, and share their mean rank and risk. `auroc` is NaN where all are right or all
+    wrong. The area is that of Geifman and El-Yaniv (2017).
     """
     p = probabilities.detach().flatten(0, -2)
     wide = widest(p.device)

@@ -17,8 +17,8 @@ def tensors_in(output: Any, depth: int, *, dataclass: bool = True) -> Iterator[T
         depth: how many of these inside one another are opened.
         dataclass: open dataclasses too.
 
-    >>> [t.item() for t in tensors_in({"a": torch.tensor(1), "b": [torch.tensor(2), "c"]}, 2)]
-    [1, 2]
+    >>> [t.item() for t in tensors_in({"a": Tensor([1]), "b": [Tensor([2]), "c"]}, depth=2)]
+    [1.0, 2.0]
     """
     if isinstance(output, Tensor):
         yield output

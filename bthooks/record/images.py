@@ -58,15 +58,16 @@ def reliability_diagram(bins: Tensor) -> Tensor:
     >>> reliability_diagram(torch.ones(15, 5)).shape
     torch.Size([352, 300, 3])
     """
-    wide, most = max(2, _PLOT // len(bins)), bins[:, 0].max().item()
-    width, bottom, floor = wide * len(bins), _TOP + _PLOT, _TOP + _PLOT + 8 + _COUNTS
+    rows, wide = bins.tolist(), max(2, _PLOT // len(bins))
+    most = max(count for count, *_ in rows)
+    width, bottom, floor = wide * len(rows), _TOP + _PLOT, _TOP + _PLOT + 8 + _COUNTS
     image, pen = _blank(_LEFT + width + 16, floor + 40)
     for share in (0, 0.25, 0.5, 0.75, 1):
         y = bottom - 1 - round(share * (_PLOT - 1))
         _fill(pen, _LEFT, y + 1, width, 1, _GREY)
         _text(pen, _LEFT - 6, y - 7, share, 1)
         _text(pen, _LEFT + share * width, floor + 4, share, 0.5)
-    for x, (count, confidence, right, *_) in enumerate(bins.tolist()):
+    for x, (count, confidence, right, *_) in enumerate(rows):
         if count:
             left, (low, high) = _LEFT + wide * x, sorted((right / count, confidence / count))
             _fill(pen, left, bottom, wide - 1, high * _PLOT, _PINK)

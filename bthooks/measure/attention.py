@@ -316,7 +316,7 @@ def _accumulators(
         keys=seen_,
         branching=branching,
         cells=rows * keys,
-        dead=largest[:, 0].numel() - rows,
+        dead=torch.rsub(rows, len(largest) * largest.shape[-1]),  # all rows - rows
         **dict(zip(columns, added.unbind(), strict=True)),
     )
     maxima = torch.where(alive, torch.stack([largest, logit]), -torch.inf).amax((1, 3))

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..measure.attention import merge
 from ..measure.histograms import Histogram, histogram
+from ..measure.outputs import tensors_in
 from ..measure.readings import Drawn, Readings, uncertainties
 from ..measure.sharded import readable
 from ..measure.uncertainty import find_uncertainties
@@ -120,17 +121,9 @@ class ObservedForward:
 
     def _activation(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
         try:
-            tensor = _first_tensor(output)
+            tensor = next(tensors_in(output, depth=1, dataclass=False), None)
             if tensor is not None and path not in self._activations:
                 with without_modes():
                     self._activations[path] = histogram(readable(tensor))
         except Exception as error:
             self._ledger.failed(f"activations of {path}", error)
-
-
-def _first_tensor(output: Any) -> Tensor | None:
-    if isinstance(output, Mapping):
-        output = tuple(output.values())
-    if isinstance(output, tuple | list):
-        output = next((item for item in output if isinstance(item, Tensor)), None)
-    return output if isinstance(output, Tensor) else None

@@ -6,7 +6,6 @@ What a module was given is looked at when it has ended, with what it made: half 
 that overwrites it is known by its attribute `inplace`, as torch's are, or by returning it.
 """
 
-import dataclasses
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..measure.nonfinite import Call, Extremes, Forward, extremes
+from ..measure.outputs import tensors_in
 from ..measure.sharded import local
 from ..report import Ledger
 from ..torch_private import (
@@ -73,7 +73,7 @@ class Trail:
             given = self._given.pop(module, None)
             if given is None:
                 # One that overwrites what it is given, and has no attribute `inplace`, returns it.
-                given = self._extremes((args, kwargs), former=_tensors(output, 4))
+                given = self._extremes((args, kwargs), former=tensors_in(output, 4))
             self._calls.append(Call(self._paths[module], given, self._extremes(output)))
 
     def _is_here(self) -> bool:
@@ -104,7 +104,7 @@ class Trail:
             # Modes are off by a flag: to take them off the stack costs more than all the rest.
             functions, dispatch = without_overrides()
             with functions, dispatch, torch.no_grad():
-                pairs = [self._of(t, is_former=id(t) in stale) for t in _tensors(values, 4)]
+                pairs = [self._of(t, is_former=id(t) in stale) for t in tensors_in(values, 4)]
                 return [pair for pair in pairs if pair is not None]
         except Exception as error:
             self._ledger.failed("finite values", error)
@@ -138,18 +138,6 @@ def observable(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
         if scripted or fast_now or is_compiled(module):
             hidden.update(module.modules())
     return (module for module in modules if module not in hidden)
-
-
-def _tensors(values: Any, depth: int) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif depth:
-        if isinstance(values, Mapping):
-            values = list(values.values())
-        elif dataclasses.is_dataclass(values) and not isinstance(values, type):
-            values = list(vars(values).values())
-        for value in values if isinstance(values, list | tuple) else ():
-            yield from _tensors(value, depth - 1)
 
 
 def _is_readable(tensor: Tensor) -> bool:

@@ -74,7 +74,7 @@ class Alerts:
         on_alert: Callable[[Alert], object] | None,
         ledger: Ledger,
     ) -> None:
-        self._thresholds, self._on_alert, self._ledger = thresholds, on_alert, ledger
+        self.thresholds, self._on_alert, self._ledger = thresholds, on_alert, ledger
         self._health: dict[str, Health] = {}  # by the prefix of the steps
         self.all: list[Alert] = []
         self._untold: deque[Alert] = deque()
@@ -83,7 +83,7 @@ class Alerts:
         """What the figures of `step`, which go under `prefix`, amount to."""
         verdict = Verdict({}, [], [])
         with self._ledger.guard("health"):
-            health = self._health.setdefault(prefix, Health(self._thresholds, prefix))
+            health = self._health.setdefault(prefix, Health(self.thresholds, prefix))
             shares, begun, cleared = health.check(figures, step)
             begun = [alert for alert in begun if not self._is_told(alert, prefix)]
             cleared = [over for over in cleared if over._replace(cleared=None) in self.all]
@@ -139,7 +139,7 @@ class Alerts:
         ]
         for prefix, *fields in state:
             alert = Alert(*fields)
-            self._health.setdefault(prefix, Health(self._thresholds, prefix)).resume(alert)
+            self._health.setdefault(prefix, Health(self.thresholds, prefix)).resume(alert)
             if alert not in self.all:
                 self.all.append(alert)
 

@@ -1,11 +1,11 @@
 """Attention: statistics from weights, or from query and key without the L x S matrix. Pure.
 
 In: `weights (batch, heads, query, key)`, or `query`, `key` and the mask as the kernel saw them.
-Between: `sums (heads, 15)`, float32 or better, which merge over rows, batches and calls.
+Between: accumulators, which merge over query rows, batches and calls. They are one tensor per map,
+so that a map costs one copy to the host or to another rank; `Sums` and `Maxima` name its columns.
 Out: one value per statistic, per head or for the whole map.
 """
 
-import math
 from collections.abc import Mapping
 from functools import reduce
 from typing import Any, NamedTuple
@@ -15,21 +15,48 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import checks
+from .dtypes import widened
 from .scores import BLOCKED, row_blocks, score_blocks, seen, take
 
-STATISTICS = (
-    "entropy",
-    "entropy_normalized",
-    "weight_mean",
-    "weight_std",
-    "weight_max",
-    "max_logit",
-    "sink",
-    "dead_rows",
-)
-
 _FAR = -5e3  # a score that far below the largest of its row is one that was hidden
-_ADDED = 13  # the sums that merge by adding; the last two are maxima
+
+
+class Sums(NamedTuple):
+    """The accumulators that add up, `(heads,)` each; all but `dead` of those that see a key."""
+
+    rows: Tensor  # query rows
+    keys: Tensor  # that a row sees
+    branching: Tensor  # rows that see two keys or more
+    entropy: Tensor  # nats
+    normalized: Tensor  # entropy / log(keys that the row sees), of branching rows
+    cells: Tensor  # weights, hidden ones too
+    weight: Tensor
+    squares: Tensor  # of the weights
+    first: Tensor  # weight on key 0
+    before: Tensor  # weight on the key before the row's own place
+    behind: Tensor  # weight on the key behind it
+    dead: Tensor  # rows that see no key
+
+
+class Maxima(NamedTuple):
+    """The accumulators of which the largest is kept, `(heads,)` each; -inf where none is known."""
+
+    weight: Tensor
+    logit: Tensor  # attention score
+
+
+class Head(NamedTuple):
+    """Means over the query rows of one head; NaN where no row sees a key."""
+
+    entropy: float  # nats
+    keys: float  # that a row sees
+    neighbour: float  # weight on the key before the row's own place, or behind it if that is more
+
+
+def named(accumulators: Tensor) -> tuple[Sums, Maxima]:
+    """The columns of the accumulators of a map, `(columns, heads)`."""
+    columns = accumulators.unbind()
+    return Sums(*columns[: len(Sums._fields)]), Maxima(*columns[len(Sums._fields) :])
 
 
 def attention_stats(weights: Tensor) -> dict[str, Tensor]:
@@ -62,44 +89,42 @@ def attention_stats(weights: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def sums_of_weights(weights: Tensor, rows: int | None = None) -> Tensor:
-    """The sums of one map from its weights `(..., heads, query, key)`: `(heads, 15)`.
+    """The accumulators of one map from its weights `(..., heads, query, key)`.
 
     `rows` as in `sums_of_query_key`.
     """
     weights = _with_heads(weights)
     row_size = weights[:, :, 0].numel()
-    sums: list[Tensor] = []
+    blocks: list[Tensor] = []
     for at, _ in row_blocks(weights.shape[-2], rows, row_size, weights.device):
-        w = take(weights, at)
-        w = w.to(torch.promote_types(w.dtype, torch.float32))
+        w = take(weights, at).to(widened(weights.dtype))
         alive = w.sum(-1) > 0  # (B, H, r); False for NaN too
         w = torch.where(alive[..., None], w, 0)
-        block = _sums(
-            visible=seen(torch.where(w > 0, 0, -torch.inf)),
-            entropy=torch.special.entr(w).sum(-1),
-            total=w.sum(-1),
-            squares=w.square().sum(-1),
+        block = _accumulators(
+            seen(torch.where(w > 0, 0, -torch.inf)),
+            w.shape[-1],
             largest=w.amax(-1),
-            first=w[..., 0],
-            beside=_beside(w, at),
             logit=torch.full_like(w[..., 0], -torch.inf),
-            keys=w.shape[-1],
+            entropy=torch.special.entr(w).sum(-1),
+            weight=w.sum(-1),
+            squares=w.square().sum(-1),
+            **_on_single_keys(w, at),
         )
-        sums.append(block)
-    return reduce(merge, sums)
+        blocks.append(block)
+    return reduce(merge, blocks)
 
 
 @torch.no_grad()
 def sums_of_query_key(
     query: Tensor, key: Tensor, *, rows: int | None = None, **arguments: Any
 ) -> Tensor:
-    """The sums of one map as softmax(scale query key^T + mask) would give them: `(heads, 15)`.
+    """The accumulators of one map, as softmax(scale query key^T + mask) would give them.
 
     Args:
         rows: take this many query rows, evenly spread; None takes all.
         arguments: as for `scores.score_blocks`.
 
-    Nested tensors, `(batch, heads, L_i, d)`, are as many maps of one sample, merged.
+    Of nested tensors, `(batch, heads, L_i, d)`, each sample is measured alone, and all are merged.
     """
     if query.is_nested:
         pairs = zip(query.unbind(), key.unbind(), strict=True)
@@ -116,12 +141,12 @@ def sums_of_query_key(
 
 @torch.no_grad()
 def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | None = None) -> Tensor:
-    """The sums of one map from the scores `(..., heads, L, S)` of its softmax: `(heads, 15)`.
+    """The accumulators of one map from the scores `(..., heads, L, S)` of its softmax.
 
-    A key that is not seen has a score 5e3 or more below the largest of its row; a row sees none
-    where all are -1e4 or below and equal, what was added to them having swallowed them.
-    Columns outside `keys` are sinks: they take their share of the softmax and are no keys. `rows`
-    as in `sums_of_query_key`.
+    A key counts as hidden where its score is 5e3 or more below the largest of its row. A row sees
+    no key where all its scores are -1e4 or below and equal: the mask that was added was so large
+    that nothing is left of their differences. Columns outside `keys` are sinks: they take their
+    share of the softmax and are no keys. `rows` as in `sums_of_query_key`.
     """
     if scores.is_nested:
         return reduce(
@@ -129,25 +154,24 @@ def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | Non
         )
     scores = _with_heads(scores)
     batch, heads, length, columns = scores.shape
-    dtype = torch.promote_types(scores.dtype, torch.float32)
-    sums: list[Tensor] = []
+    blocks: list[Tensor] = []
     for at, _ in row_blocks(length, rows, batch * heads * columns, scores.device):
-        block = scores.index_select(-2, at).to(dtype)  # (B, H, r, S)
-        sums.append(_sums_of_block(_without_dead(block), at, keys=keys))
-    return reduce(merge, sums)
+        block = scores.index_select(-2, at).to(widened(scores.dtype))  # (B, H, r, S)
+        blocks.append(_sums_of_block(_without_dead(block), at, keys=keys))
+    return reduce(merge, blocks)
 
 
 def _without_dead(scores: Tensor) -> Tensor:
-    """The scores, -inf where a row sees no key; overwritten."""
+    """The scores, overwritten: all -inf where a row sees no key."""
     top, low = scores.amax(-1, keepdim=True), scores.amin(-1, keepdim=True)
-    # float16's least, -65504, keeps 5e-4 of itself as differences; others are equal.
+    # Scores beside -65504, float16's min, may still differ by 5e-4 of it; beside others by nothing.
     swallowed = torch.where(top <= -6e4, 1e-3 * top.abs(), 0)
     dead = (top <= BLOCKED) & (top - low <= swallowed)
     return scores.masked_fill_(dead, -torch.inf)
 
 
 def _with_heads(values: Tensor) -> Tensor:
-    """As `(batch, heads, query, key)`; three dimensions or fewer are all batch."""
+    """As `(batch, heads, query, key)`; of three dimensions or fewer as one head."""
     heads = values.shape[-3] if values.dim() > 3 else 1
     return values.reshape(-1, heads, *values.shape[-2:])
 
@@ -160,7 +184,7 @@ def _sums_of_block(
     keys: slice | None = None,
     width: int | None = None,
 ) -> Tensor:
-    """The sums of the scores `(batch, heads, rows, key)`, which are overwritten.
+    """The accumulators of the scores `(batch, heads, rows, key)`, which are overwritten.
 
     Args:
         scores: -inf where a key is not seen.
@@ -174,140 +198,122 @@ def _sums_of_block(
     p = z.softmax(-1)
     largest = p.amax(-1)  # (B, H, r)
     log_norm = -largest.log()  # of the largest weight, which is exp(0) / norm
-    logit, total = top[..., 0], torch.ones_like(largest)
+    logit, weight = top[..., 0], torch.ones_like(largest)
     if keys is not None:
         z, p = z[..., keys], p[..., keys]
-        logit, total, largest = logit + z.amax(-1), p.sum(-1), p.amax(-1)
+        logit, weight, largest = logit + z.amax(-1), p.sum(-1), p.amax(-1)
     if visible is None:
         visible = seen(F.threshold(z, _FAR, -torch.inf))
-    squares, first = torch.linalg.vector_norm(p, dim=-1).square(), p[..., 0]
     # log Z - E[z] with z = score - max: no cancellation of large scores, as lse - E[score] has.
-    entropy = total * log_norm - z.clamp_(min=-1e4).mul_(p).sum(-1)
-    return _sums(
-        visible=visible,
-        entropy=entropy.clamp_(min=0),
-        total=total,
-        squares=squares,
+    entropy = weight * log_norm - z.clamp_(min=-1e4).mul_(p).sum(-1)
+    return _accumulators(
+        visible,
+        width or z.shape[-1],
         largest=largest,
-        first=first,
-        beside=_beside(p, at),
         logit=logit,
-        keys=width or z.shape[-1],
+        entropy=entropy.clamp_(min=0),
+        weight=weight,
+        squares=torch.linalg.vector_norm(p, dim=-1).square(),
+        **_on_single_keys(p, at),
     )
 
 
-def _beside(weights: Tensor, at: Tensor) -> Tensor:
-    """The weights on the keys before and behind the rows `at`, at an end on the row's own."""
+def _on_single_keys(weights: Tensor, at: Tensor) -> dict[str, Tensor]:
+    """Columns of `Sums`: of the rows `at`, which at an end have their own key for a neighbour."""
     near = torch.stack([at - 1, at + 1], dim=-1).clamp(0, weights.shape[-1] - 1)  # (r, 2)
-    return weights.gather(-1, near.expand(*weights.shape[:-1], 2))
+    before, behind = weights.gather(-1, near.expand(*weights.shape[:-1], 2)).unbind(-1)
+    return {"first": weights[..., 0], "before": before, "behind": behind}
 
 
 def merge(a: Tensor, b: Tensor) -> Tensor:
-    """The sums of two parts of one map; per head where both have the same heads."""
+    """The accumulators of two parts of one map; per head where both have the same heads."""
     if a.shape != b.shape:
         a, b = _over_heads(a), _over_heads(b)
-    return torch.cat([a[:, :_ADDED] + b[:, :_ADDED], torch.maximum(a, b)[:, _ADDED:]], dim=1)
+    added = len(Sums._fields)
+    return torch.cat([a[:added] + b[:added], torch.maximum(a[added:], b[added:])])
 
 
-def finalize(sums: Tensor) -> dict[str, Tensor]:
-    """The statistics of the sums `(heads, 15)`, each `(heads,)`; NaN where nothing was seen."""
-    rows, entropy, pairs, normalized, count, total, squares, first, *_, dead, every, _ = sums.T[
-        :_ADDED
-    ]
-    variance = (squares - total.square() / count) / (count - 1).clamp(min=1)
-    nothing = torch.where(rows > 0, 0.0, torch.nan)
-    values = (
-        entropy / rows,
-        normalized / pairs,
-        total / count,
-        variance.clamp(min=0).sqrt(),
-        sums[:, _ADDED] + nothing,
-        sums[:, _ADDED + 1] + nothing,
-        first / rows,
-        dead / every,
+def _over_heads(accumulators: Tensor) -> Tensor:
+    added = len(Sums._fields)
+    return torch.cat(
+        [accumulators[:added].sum(1, keepdim=True), accumulators[added:].amax(1, keepdim=True)]
     )
-    return dict(zip(STATISTICS, values, strict=True))
+
+
+def finalize(accumulators: Tensor) -> dict[str, Tensor]:
+    """The statistics of a map, each `(heads,)`; NaN where nothing was seen."""
+    sums, maxima = named(accumulators)
+    variance = (sums.squares - sums.weight.square() / sums.cells) / (sums.cells - 1).clamp(min=1)
+    nothing = torch.where(sums.rows > 0, 0.0, torch.nan)
+    return {
+        "entropy": sums.entropy / sums.rows,
+        "entropy_normalized": sums.normalized / sums.branching,
+        "weight_mean": sums.weight / sums.cells,
+        "weight_std": variance.clamp(min=0).sqrt(),
+        "weight_max": maxima.weight + nothing,
+        "max_logit": maxima.logit + nothing,
+        "sink": sums.first / sums.rows,
+        "dead_rows": sums.dead / (sums.rows + sums.dead),
+    }
 
 
 def whole(maps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    """The statistics of each map over all its heads, from its sums on the host.
+    """The statistics of each map over all its heads, from its accumulators on the host.
 
-    One that was not measured is left out: no row saw a key, no row two keys, no score known.
+    A statistic without a measurement is left out: of a map in which no row sees a key, or two keys
+    (`entropy_normalized`), or of which only the weights are known (`max_logit`).
     """
+    found: dict[str, dict[str, float]] = {path: {} for path in maps}
     if not maps:
-        return {}
-    sums = torch.cat([_over_heads(found) for found in maps.values()])  # (maps, 15)
-    values = torch.stack([*finalize(sums).values()], dim=1).tolist()
-    found = {}
-    for path, own, (rows, pairs, logit) in zip(
-        maps, values, sums[:, [0, 2, -1]].tolist(), strict=True
-    ):
-        measured = dict.fromkeys(STATISTICS, rows > 0) | {"dead_rows": True}
-        measured["entropy_normalized"] = pairs > 0
-        measured["max_logit"] = rows > 0 and logit != -math.inf
-        named = zip(STATISTICS, own, strict=True)
-        found[path] = {name: value for name, value in named if measured[name]}
+        return found
+    accumulators = torch.cat([_over_heads(of_map) for of_map in maps.values()], dim=1)
+    sums, maxima = named(accumulators)  # (maps,) each
+    is_seen = sums.rows > 0
+    measured = {
+        "dead_rows": torch.ones_like(is_seen),
+        "entropy_normalized": sums.branching > 0,
+        "max_logit": is_seen & (maxima.logit != -torch.inf),
+    }
+    for name, values in finalize(accumulators).items():
+        known = measured.get(name, is_seen).tolist()
+        for path, value, is_known in zip(maps, values.tolist(), known, strict=True):
+            if is_known:
+                found[path][name] = value
     return found
 
 
-class Head(NamedTuple):
-    """What a head is judged by; NaN where no row sees a key.
-
-    Attributes:
-        entropy: nats, mean over its rows.
-        keys: how many a row sees, on average.
-        neighbour: the weight on the key before a row's own place, or behind it if that is more.
-    """
-
-    entropy: float
-    keys: float
-    neighbour: float
+def of_heads(accumulators: Tensor) -> list[Head]:
+    """What each head of a map is judged by, from its accumulators on the host."""
+    sums, _ = named(accumulators)
+    neighbour = torch.maximum(sums.before, sums.behind)
+    means = (value / sums.rows for value in (sums.entropy, sums.keys, neighbour))
+    return [Head(*head) for head in zip(*(mean.tolist() for mean in means), strict=True)]
 
 
-def of_heads(sums: Tensor) -> list[Head]:
-    """Of each head, from the sums on the host: entropy in nats, the keys that a row sees, and the
-    weight on the key before its own place, or behind it if that is more.
-
-    The means over its rows; NaN where no row sees a key.
-    """
-    entropy, before, behind, keys = (sums[:, [1, 8, 9, _ADDED - 1]] / sums[:, :1]).unbind(1)
-    rows = torch.stack([entropy, keys, torch.maximum(before, behind)], dim=1).tolist()
-    return [Head(*row) for row in rows]
-
-
-def _over_heads(sums: Tensor) -> Tensor:
-    return torch.cat(
-        [sums[:, :_ADDED].sum(0, keepdim=True), sums[:, _ADDED:].amax(0, keepdim=True)], dim=1
-    )
-
-
-def _sums(
-    *,
-    visible: Tensor,
-    entropy: Tensor,
-    total: Tensor,
-    squares: Tensor,
-    largest: Tensor,
-    first: Tensor,
-    beside: Tensor,
-    logit: Tensor,
-    keys: int,
+def _accumulators(
+    visible: Tensor, keys: int, *, largest: Tensor, logit: Tensor, **columns: Tensor
 ) -> Tensor:
-    """Over batch and rows.
+    """The accumulators over batch and rows of what each query row has, `(batch, heads, rows)`.
 
     Args:
-        visible: broadcasts to the others' `(batch, heads, rows)`; 0 in dead rows.
-        beside: `(batch, heads, rows, 2)`.
+        visible: how many of the `keys` it sees, 0 in dead rows; broadcasts to the others.
+        largest, logit: its largest weight and score.
+        columns: what else it adds to `Sums`.
     """
     visible = visible[(None,) * (3 - visible.dim())]
-    alive, pairs = visible > 0, visible > 1
-    share = torch.where(pairs, visible.clamp(min=2).log().reciprocal(), 0)
-    added = torch.stack([entropy, entropy * share, total, squares, first, *beside.unbind(-1)])
-    added = torch.where(alive, added, 0).sum((1, 3))  # (7, H)
-    counts = torch.stack([alive, visible, pairs]).expand(3, *entropy.shape)
-    counts = counts.sum((1, 3), dtype=added.dtype)  # (3, H)
-    largest_, logit_ = torch.where(alive, torch.stack([largest, logit]), -torch.inf).amax((1, 3))
-    every = torch.full_like(added[0], entropy[:, 0].numel())
-    (rows, seen_, pairs_), (entropy_, normalized, *rest) = counts, added
-    both = (rows, entropy_, pairs_, normalized, rows * keys, *rest, every - rows, every, seen_)
-    return torch.stack([*both, largest_, logit_], dim=1)
+    alive, branching = visible > 0, visible > 1
+    share = torch.where(branching, visible.clamp(min=2).log().reciprocal(), 0)
+    columns["normalized"] = columns["entropy"] * share
+    added = torch.where(alive, torch.stack([*columns.values()]), 0).sum((1, 3))  # (columns, H)
+    counts = torch.stack([alive, visible, branching]).expand(3, *largest.shape)
+    rows, seen_, branching = counts.sum((1, 3), dtype=added.dtype).unbind()  # (H,) each
+    sums = Sums(
+        rows=rows,
+        keys=seen_,
+        branching=branching,
+        cells=rows * keys,
+        dead=torch.rsub(rows, len(largest) * largest.shape[-1]),  # all rows - rows
+        **dict(zip(columns, added.unbind(), strict=True)),
+    )
+    maxima = torch.where(alive, torch.stack([largest, logit]), -torch.inf).amax((1, 3))
+    return torch.stack([*sums, *Maxima(*maxima.unbind())])

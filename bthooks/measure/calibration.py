@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from .dtypes import widened, widest
 
 BINS = 15
 _LEAST = torch.finfo(torch.float64).eps  # the least probability in a log, as in scikit-learn
@@ -62,7 +63,7 @@ def calibration_bins(probabilities: Tensor, targets: Tensor, bins: int = BINS) -
     """
     checks.classes("calibration", probabilities, targets)
     checks.whole("calibration", "bins", bins, 1)
-    wide = torch.float32 if probabilities.device.type == "mps" else torch.float64
+    wide = widest(probabilities.device)
     p = probabilities.detach().flatten(0, -2).to(wide)  # (N, C)
     target = targets.detach().flatten().to(p.device, torch.int64)[:, None]
     confidence, predicted = p.max(-1)
@@ -73,8 +74,8 @@ def calibration_bins(probabilities: Tensor, targets: Tensor, bins: int = BINS) -
     columns = (torch.ones_like(true), confidence, right, brier, -true.clamp(min=_LEAST).log())
     # In the type of the confidences: 0.2 in float32 is not below the edge 0.2. linspace is: of 15
     # bins it puts six edges beside the nearest float32.
-    narrow = torch.promote_types(probabilities.dtype, torch.float32)
-    edges = (torch.arange(bins + 1, dtype=wide, device=p.device) / bins).to(narrow).to(wide)
+    edges = torch.arange(bins + 1, dtype=wide, device=p.device) / bins
+    edges = edges.to(widened(probabilities.dtype)).to(wide)
     index = torch.bucketize(confidence, edges, right=True).sub(1).clamp(0, bins - 1)
     return torch.zeros(bins, 5, dtype=wide, device=p.device).index_add_(
         0, index, torch.stack(columns, dim=1) * counts
@@ -105,13 +106,12 @@ def calibration_of(bins: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def error_by_chance(bins: Tensor) -> Tensor:
-    """The `ece` that a perfectly calibrated model may have by chance, 0-d.
+    """The `ece` that chance alone may give a model that is right as often as it says, 0-d.
 
-    Over 32 samples it has 0.2 on average. How many in a bin are right is close to normally
-    distributed around what its confidence says: this is the mean of abs(that distance), and two
-    standard deviations more.
+    Over 32 samples a perfect model has 0.2 on average. How many of a bin are right is close to a
+    normal variable around what the bin says: this is the mean of the distance and two deviations.
     """
-    count, confidence = bins[:, 0], bins[:, 1]
+    count, confidence, *_ = bins.unbind(1)
     mean = (confidence / count.clamp(min=1)).clamp(0, 1)
     variance, share = mean * (1 - mean) * count, 2 / math.pi  # of a half-normal's mean squared
     expected = (share * variance).sqrt().sum()
@@ -132,11 +132,11 @@ def ranking_stats(uncertainty: Tensor, probabilities: Tensor, targets: Tensor) -
     | `spearman` | rank correlation with -log p(true class) |
     | `aurc` | risk-coverage area: error rate of the k surest, mean over all k |
 
-    Ties count half, and share their mean rank and risk. `auroc` is NaN where all are right, or all
-    are wrong. The area is that of Geifman and El-Yaniv (2017).
+    Ties count half, and share their mean rank and risk. `auroc` is NaN where all are right or all
+    wrong. The area is that of Geifman and El-Yaniv (2017).
     """
     p = probabilities.detach().flatten(0, -2)
-    wide = torch.float32 if p.device.type == "mps" else torch.float64
+    wide = widest(p.device)
     target = targets.detach().flatten().to(p.device, torch.int64)[:, None]
     u = uncertainty.detach().flatten().to(p.device, wide)
     wrong = (p.argmax(-1) != target[:, 0]).to(wide)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .dtypes import as_real, widest
+
 _MASS, _WIDTH = 194, 90  # edges by mass; parts of [min, max], three to a bin that is drawn
 _SORTED = 10_000  # up to here sorting costs less than the fine bins, or as much on one thread
 _BINS = 1 << 17  # 8 or 9 bits of mantissa if there are both signs, more if not
@@ -60,9 +62,9 @@ def histogram(tensor: Tensor) -> Histogram:
     (`histogramCore.ts`). Of the mass that this puts on the wrong side of an edge of these bins
     there is less than 0.1 %.
     """
-    values = _flat(tensor)  # (n,)
+    values = as_real(tensor.detach()).resolve_neg().reshape(-1)  # (n,)
     device, n = values.device, values.numel()
-    wide = torch.float32 if device.type == "mps" else torch.float64
+    wide = widest(device)
     if not n:
         zeros = torch.zeros(6, dtype=wide, device=device)
         return Histogram(zeros[:1], zeros[:1].to(torch.int64), zeros)
@@ -116,16 +118,6 @@ def raw(hist: Histogram) -> RawHistogram | None:
         bucket_limits=[limit for limit, _ in kept],
         bucket_counts=[count for _, count in kept],
     )
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """The values as one dimension of real numbers."""
-    tensor = tensor.detach()
-    if tensor.is_sparse:
-        tensor = tensor.coalesce().values()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    return tensor.resolve_neg().reshape(-1)
 
 
 def _float(values: Tensor, instead: float) -> Tensor:

@@ -1,7 +1,8 @@
-"""Finite: the first module of a forward whose output is not. Pure.
+"""Non-finite values: which module of a forward was the first to make one, and of what. Pure.
 
-In: the extremes of what each call of a module was given and made. Out: once they are on the host,
-the module, and whether it is its own parameters or the data.
+In: min and max of what each call of a module was given and returned, on their devices: two numbers
+tell, and no wait. Out: once they are on the host, the module, and whether the cause is its own
+parameters or the data.
 """
 
 import math
@@ -12,9 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .dtypes import as_real
+
 
 class Extremes(NamedTuple):
-    """The least and the largest value of a tensor, 0-d each; both NaN if any value is."""
+    """The min and max of a tensor, 0-d each; both NaN if any value is."""
 
     low: Tensor
     high: Tensor
@@ -23,7 +26,7 @@ class Extremes(NamedTuple):
         return math.isnan(self.low)
 
     def is_fault(self) -> bool:
-        """Whether it holds NaN, inf or nothing but -inf: some of that is a mask."""
+        """Whether it holds NaN or inf, or nothing but -inf; among other values -inf is a mask."""
         return self.is_nan() or math.isinf(self.high)
 
 
@@ -91,7 +94,7 @@ class Forward:
         first = next((call for call in self.calls if _is_origin(call)), self.calls[-1])
         for call in self.calls:
             if _any_nan(call.made) and not _any_nan(call.given):
-                # An infinity before it is of no harm, unless it is what this was given.
+                # An inf that an earlier call made did no harm, unless this one was given it.
                 first = first if _any_fault(call.given) else call
                 break
         path, given, _ = first
@@ -105,10 +108,8 @@ class Forward:
 
 
 def extremes(tensor: Tensor) -> Extremes:
-    """Of a floating-point or complex tensor: one pass, an eighth of what `isfinite` takes."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    return Extremes(*torch.aminmax(tensor))
+    """Of a floating-point or complex tensor, in one pass: an eighth of what `isfinite` takes."""
+    return Extremes(*torch.aminmax(as_real(tensor)))
 
 
 def _is_origin(call: Call) -> bool:

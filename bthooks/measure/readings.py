@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from ..names import distinct
 from . import attention
+from .dtypes import widened
 from .histograms import Histogram, histogram
 from .nonfinite import Forward
 from .scaling import Scaling
@@ -126,10 +127,7 @@ def parameter_histograms(names: Mapping[nn.Parameter, str]) -> dict[Drawn, Histo
 @torch.no_grad()
 def uncertainties(found: Mapping[str, Tensor], distributions: bool = True) -> Readings:
     """The sums and distributions of the uncertainties by kind; both kinds add up to the total."""
-    values = {
-        kind: v.detach().to(torch.promote_types(v.dtype, torch.float32))
-        for kind, v in found.items()
-    }
+    values = {kind: v.detach().to(widened(v.dtype)) for kind, v in found.items()}
     both = [values[kind] for kind in ("epistemic", "aleatoric") if kind in values]
     if len(both) == 2 and both[0].shape == both[1].shape and "total" not in values:
         values["total"] = both[0] + both[1]

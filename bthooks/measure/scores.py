@@ -1,13 +1,15 @@
-"""Scores: what a softmax over the keys is taken of, some query rows at a time. Pure.
+"""Scores: what a softmax over the keys is taken of. Pure.
 
-In: query, key and the mask as the kernel saw them. Out: blocks of scores, -inf where a key is not
-seen, so that memory never grows with L x S.
+In: query, key and the mask as the kernel saw them. Out: scores, -inf where a key is not seen, of a
+block of query rows at a time, so that memory never grows with L x S.
 """
 
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+
+from .dtypes import widened
 
 BLOCKED = -1e4  # an added mask at or below it hides the key: float16's minimum is -65504
 _GOLDEN = 2654435769  # 2 ** 32 / golden ratio
@@ -25,7 +27,7 @@ def score_blocks(
     mask_mod: Callable[..., Tensor] | None = None,
     rows: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """The scores of some query rows at a time, so that memory never grows with L x S.
+    """The scores of one block of query rows after the other.
 
     Args:
         query: `(batch, heads, L, d)`.
@@ -39,12 +41,13 @@ def score_blocks(
         rows: of these query rows, evenly spread; None takes all.
 
     Yields:
-        the rows `(r,)`; their scores `(batch, heads, r, S)`, -inf where a key is not seen, without
-        last keys that none of them sees; and how many keys each sees, where that is known.
+        the rows `(r,)`; their scores `(batch, heads, r, S)`, -inf where a key is not seen (the last
+        keys are left out where none of these rows sees them); and how many keys each row sees, or
+        None where that is not known.
     """
     batch, heads, length, width = query.shape
     keys = key.shape[-2]
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    dtype = widened(query.dtype)
     scale = width**-0.5 if scale is None else scale
     key_heads = key.shape[1]
     # (B, Hk, d, S); a view into (query, key, value) is twice as slow
@@ -96,13 +99,14 @@ def take(values: Tensor, at: Tensor) -> Tensor:
 def row_blocks(
     length: int, rows: int | None, row_size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, int]]:
-    """The rows that are looked at, evenly spread, so many at a time that memory stays bounded.
+    """The query rows that are measured, in blocks small enough to bound the memory.
 
-    One of each of as many equal parts, at a place that follows the golden ratio: with a fixed
-    stride, packed samples of 16 rows would all be seen at their first row, where entropy is 0.
+    All are split into `rows` equal parts, and one is taken of each. Its place within the part
+    follows the golden ratio: with a fixed stride, packed samples of 16 rows would all be seen at
+    their first row, where entropy is 0.
 
     Yields:
-        the rows, and an int that none of them is above.
+        the rows of a block, and an int that none of them exceeds, known without a wait.
     """
     taken = length if rows is None else min(rows, length)
     block = min(_BLOCK.get(device.type, 1 << 22), max(1 << 20, row_size * length // 16))
@@ -118,5 +122,5 @@ def row_blocks(
 
 
 def seen(scores: Tensor) -> Tensor:
-    """How many of the last dimension are not -inf, as floats: by far the fastest on the CPU."""
+    """How many keys, the last dimension, are not -inf; counted as floats, which is fastest."""
     return torch.ne(scores, -torch.inf, out=torch.empty_like(scores)).sum(-1)

@@ -27,7 +27,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def readable(tensor: Tensor) -> Tensor:
-    """`tensor`, if all its values are here."""
+    """`tensor`, if this rank holds all its values; else ValueError."""
     if tensor.is_meta:
         raise ValueError("a tensor on the meta device has no values")
     if is_sharded(tensor):
@@ -39,7 +39,7 @@ def readable(tensor: Tensor) -> Tensor:
 def whole_norms(
     parameters: Mapping[str, Any], parts: Sequence[Mapping[str, Tensor]]
 ) -> list[dict[str, Tensor]]:
-    """The norms of whole tensors, from those of each rank's parts; below 0: no rank has one.
+    """The norms of whole tensors, from those of each rank's parts; -1 where no rank has one.
 
     Args:
         parameters: by name, the same on every rank; one that is no DTensor is whole already.

@@ -8,10 +8,8 @@ the caller as they were; the rest is pure.
 
 import contextlib
 import dataclasses
-import functools
-import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +18,8 @@ from torch.nn.parameter import is_lazy
 
 from .. import checks
 from ..torch_private import is_normalization, leaves_of
+from .dtypes import widened
+from .outputs import held_as
 
 KEYS = {
     "epistemic": ("epistemic_uncertainty", "epistemic"),
@@ -78,7 +78,7 @@ def decompose_uncertainty(
 
 
 def _wide(values: Tensor) -> Tensor:
-    return values.detach().to(torch.promote_types(values.dtype, torch.float32))
+    return values.detach().to(widened(values.dtype))
 
 
 def find_uncertainties(output: Any) -> dict[str, Tensor]:
@@ -93,21 +93,13 @@ def find_uncertainties(output: Any) -> dict[str, Tensor]:
     found = {}
     for kind, keys in KEYS.items():
         for key in keys:
-            value = output.get(key) if isinstance(output, Mapping) else _attribute(output, key)
+            value = held_as(output, key)
             if not isinstance(value, Tensor) or value.is_meta or value.is_complex():
                 continue
             if value.numel():
                 found[kind] = value
                 break
     return found
-
-
-def _attribute(output: Any, name: str) -> Any:
-    """What `output` holds; a property is not read, which may compute or draw random numbers."""
-    static = inspect.getattr_static(output, name, None)
-    if static is None or isinstance(static, property | functools.cached_property):
-        return None
-    return getattr(output, name, None)
 
 
 def mc_dropout(model: nn.Module, *inputs: Any, samples: int = 16, **keywords: Any) -> Any:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..health.alerts import Alert, Verdict
@@ -71,14 +70,14 @@ def event_of(figures: Figures, verdict: Verdict | None = None) -> Event:
 
 
 def event_of_model(
-    figures: Figures, verdict: Verdict, *, training: bool, images: bool, charts: bool
+    figures: Figures, verdict: Verdict, *, training: bool, charts: bool, collapsed: float | None
 ) -> Event:
     """The event of a step of an attachment, which is of all layers: with the figures over them.
 
     Args:
         training: or it is of a validation pass.
-        images: with the heat map of all heads.
         charts: with the layout of the charts.
+        collapsed: with the heat map of all heads, where those below so many nats are red.
     """
     event = event_of(figures, verdict)
     entropies = [found["entropy"] for found in figures.attention.values() if "entropy" in found]
@@ -87,10 +86,9 @@ def event_of_model(
     if entropies and training:
         for end, nats in HEALTHY_ENTROPY.items():
             event.scalars[f"attention/healthy_entropy/{end}"] = nats
-    if images and figures.attention:
-        heads = figures.heads.values()
-        rows = [torch.tensor([h.entropy for h in found], device="cpu") for found in heads]
-        event.images["attention/head_entropy"] = heat_map(rows)
+    if collapsed is not None and figures.attention:
+        heads = {path: [head.entropy for head in found] for path, found in figures.heads.items()}
+        event.images["attention/head_entropy"] = heat_map(heads, collapsed)
     if charts:
         event.layout = layout(figures)
     return event

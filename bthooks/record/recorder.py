@@ -133,8 +133,8 @@ class Recorder:
             figures,
             verdict,
             training=not pending.prefix,
-            images=pending.histograms,
             charts=pending.stepped and not self._has_layout,
+            collapsed=self.alerts.thresholds.entropy if pending.histograms else None,
         )
         self._has_layout = self._has_layout or pending.stepped
         event = prefixed(event, tag(self.prefix, pending.prefix))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..measure.dtypes import widest
 from ..measure.histograms import histogram
 from ..measure.readings import Readings
 
@@ -33,8 +34,7 @@ class Transfer:
         for (device, _, scalars), indices in groups.items():
             group = [tensors[index] for index in indices]
             values = torch.stack(group) if scalars else torch.cat([t.reshape(-1) for t in group])
-            wide = torch.float32 if device.type == "mps" else torch.float64
-            joined.setdefault(device, []).append(values.to(wide))
+            joined.setdefault(device, []).append(values.to(widest(device)))
             self._order.setdefault(device, []).append(indices)
         self._copies: dict[torch.device, Tensor] = {}
         self._arrivals: list[torch.cuda.Event] = []

@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 import bthooks
 from bthooks import calibration_bins, calibration_of, calibration_stats
 from bthooks.measure.calibration import ranking_stats
+from bthooks.record import images
 
 from ..conftest import read
 
@@ -140,14 +141,14 @@ def test_what_is_logged(tmp_path, backend):
     )
     ((step, image),) = run.images["val/calibration/reliability"]
     assert step == 3
-    assert Image.open(io.BytesIO(image)).size == (274, 320)
+    assert Image.open(io.BytesIO(image)).size == (300, 352)
 
 
 def test_a_diagram_shows_over_confidence_above_the_bars():
     bins = torch.zeros(15, 5)
     bins[-1] = torch.tensor([10.0, 9.5, 5.0, 0.0, 0.0])
-    image = bthooks.record.images.reliability_diagram(bins)
-    column = image[8:248, 26 + 14 * 16 + 2].tolist()
+    image = images.reliability_diagram(bins)
+    column = image[images._TOP :, images._LEFT + 14 * 16 + 2].tolist()
     assert column[200] == [31, 119, 180]  # accuracy 0.5
     assert column[60] == [246, 178, 172]  # between it and the confidence 0.95
     assert column[5] != column[60]

@@ -1,4 +1,22 @@
-"""bthooks: true attention, gradient and uncertainty numbers from an unmodified PyTorch model."""
+"""bthooks: true attention, gradient and uncertainty numbers from an unmodified PyTorch model.
+
+The map of the house; numbers run from the top to the bottom, and each file says why it is so:
+
+    attach.py -> handle.py            the one call, and what the user holds
+    wiring.py, schedule.py            when: torch's callbacks; which step it is, what is logged
+    capture/    sees                  attention, softmax, fused, operators (names); gradients,
+                                      optimizers; forward, nonfinite
+    measure/    computes              the same nouns: pure functions of tensors; readings (of a
+                                      step, on the device), figures (on the host, by name)
+    health/     judges                conditions, alerts, dashboard
+    record/     writes                recorder, transfer (device -> host), event (names -> tags),
+                                      backend (all that differs between the two), writers, images
+    log.py                            the functions for scripts
+    runs.py, __main__.py              event files read back; python -m bthooks
+    names, checks, report, torch_private   the ground, which imports nothing of ours
+
+Imports follow the data (tests/test_house.py). A private name of torch is in torch_private.py alone.
+"""
 
 from .attach import attach
 from .handle import Handle

@@ -3,6 +3,7 @@
 Pillow is imported where something is drawn, so that `import bthooks` does not take its time.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -84,11 +85,12 @@ def reliability_diagram(bins: Tensor) -> Tensor:
 
 def _blank(width: int, height: int) -> tuple[Any, Any]:
     """A white image, and what draws in it."""
-    from PIL import Image, ImageDraw, ImageFont, features
+    from PIL import Image, ImageDraw, ImageFont
 
     image = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(image)
-    pen.font = ImageFont.load_default(12 if features.check("freetype2") else None)
+    with contextlib.suppress(TypeError, ImportError):  # before Pillow 10.1, and without FreeType
+        pen.font = ImageFont.load_default(12)
     return image, pen
 
 

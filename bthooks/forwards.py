@@ -137,7 +137,7 @@ class Forwards:
         readings = batch.readings
         with self._ledger.guard("finite values"):
             readings.forwards = [window.trail.ended(root, output)]
-        readings.attention = window.maps()
+        readings.attention, readings.doubts = window.maps(), window.doubts()
         readings.histograms = {f"activations/{p}": h for p, h in window.activations.items()}
         self._ledger.captured("attention", readings.attention)
         self._ledger.captured("activations", window.activations)

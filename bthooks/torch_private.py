@@ -4,13 +4,14 @@ From its Python frames: no hook, so nothing that would switch off a fast path or
 """
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Container, Iterator
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import optimizer
 from torch.utils._python_dispatch import _pop_mode, _push_mode
 
@@ -88,3 +89,109 @@ class Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+# What `capture` needs to watch operators.
+
+
+@functools.cache
+def _watching() -> type:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watching(TorchDispatchMode):
+        supports_higher_order_operators = True
+
+        def __init__(self, handle: Callable[..., Any]) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]  # torch's, not annotated
+            self.handle = handle
+
+        @classmethod
+        def ignore_compile_internals(cls) -> bool:
+            return True
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return self.handle(func, args, kwargs or {})
+
+    return Watching
+
+
+def dispatch_mode(handle: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Any:
+    """A context in which each operator of this thread becomes `handle(operator, args, kwargs)`.
+
+    Forward hooks see modules and no operators, and `TorchFunctionMode` lies above autograd and
+    switches torch.nn's fast paths off. `TorchDispatchMode` and its two switches: torch 2.11 or
+    before. Without `supports_higher_order_operators` flex_attention raises under a mode; without
+    `ignore_compile_internals` compiled regions run eagerly, and those with fullgraph=True raise.
+    """
+    return _watching()(handle)
+
+
+def leave(mode: Any) -> None:
+    """Take `mode` off the stack of modes, also from below others that an exception left behind.
+
+    Publicly a mode is only left in its own order. `_get_current_dispatch_mode_stack`, `_pop_mode`
+    and `_push_mode`: torch 2.11 or before. If they were renamed: ImportError.
+    """
+    from torch.utils._python_dispatch import (
+        _get_current_dispatch_mode_stack,
+        _pop_mode,
+        _push_mode,
+    )
+
+    if mode not in _get_current_dispatch_mode_stack():
+        return
+    above = []
+    while (top := _pop_mode()) is not mode:
+        above.append(top)
+    _push_mode(top)
+    mode.__exit__(None, None, None)
+    for other in reversed(above):
+        _push_mode(other)
+
+
+@contextlib.contextmanager
+def as_outside_modes() -> Iterator[None]:
+    """Let `linear` and `matmul`, which a mode is handed whole, run as they do without a mode.
+
+    Under inference_mode, and inside a mode's handler, the views that they take of a weight lose its
+    requires_grad, by which torch chooses between mm and bmm: results are 1e-7 apart. Nothing public
+    does it. `_dispatch_tls_set_dispatch_key_excluded`: torch 2.11 or before. If it was renamed:
+    AttributeError; if torch chose otherwise: outputs that differ in their last bits.
+    """
+    key = torch._C.DispatchKey.ADInplaceOrView
+    if not torch._C._dispatch_tls_is_dispatch_key_excluded(key):
+        yield
+        return
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
+
+
+def schema(func: Any) -> torch.FunctionSchema | None:
+    """The schema of an operator: its names, defaults, and whether it overwrites; None of others.
+
+    `OpOverload` and its `_schema`: torch 2.11 or before; the operator itself has only its name and
+    tags. If they were renamed: AttributeError.
+    """
+    return func._schema if isinstance(func, torch._ops.OpOverload) else None
+
+
+def storage_of(tensor: Tensor) -> tuple[int, torch.UntypedStorage] | None:
+    """The storage of `tensor`, with what it is known by while it lives; None if it has none.
+
+    Parameters inside `torch.func.grad` or `vmap` are wrappers, which a dispatch mode never sees:
+    they are unwrapped. The public `data_ptr` is 0 of every empty one. `_functorch` and `_cdata`:
+    torch 2.11 or before. If they were renamed: AttributeError.
+    """
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    try:
+        storage = tensor.untyped_storage()
+    except RuntimeError:  # a sparse tensor has none
+        return None
+    return storage._cdata, storage

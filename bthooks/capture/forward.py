@@ -18,7 +18,7 @@ from ..measure.sharded import readable
 from ..names import module_names
 from ..report import Ledger
 from ..torch_private import Hook, without_modes
-from .attention import AttentionMode, leave
+from .attention import AttentionMode, Doubt
 from .nonfinite import Trail, observable
 
 
@@ -44,6 +44,7 @@ class Window:
         self.activations: dict[str, Histogram] = {}
         self._selected, self._ledger = selected, ledger
         self._maps: dict[str, list[Tensor]] = {}
+        self._doubts: dict[str, Doubt] = {}
         self._averaged: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._mode: AttentionMode | None = None
@@ -65,7 +66,7 @@ class Window:
             self._handles.append(module.register_forward_hook(hook))
         if "attention" in kinds:
             self._mode = AttentionMode(paths, self._map, rows, self._ledger)
-            self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch's, not annotated
+            self._mode.enter()
 
     def is_alive(self) -> bool:
         """Whether the thread that opened it still runs."""
@@ -74,8 +75,7 @@ class Window:
     def close(self) -> None:
         """Take everything off again."""
         if self._mode is not None:
-            leave(self._mode)
-            self._mode.forget()
+            self._mode.leave()
             self._mode = None
         self.trail.close()
         for handle in self._handles:
@@ -89,9 +89,16 @@ class Window:
             for index, sums in enumerate(maps)
         }
 
-    def _map(self, path: str, sums: Tensor) -> None:
+    def doubts(self) -> dict[str, Doubt]:
+        """By the path of a map that may turn out to be no attention, what is to be said then."""
+        paths = {name: name.partition("/")[0] for name in self.maps()}
+        return {n: self._doubts[path] for n, path in paths.items() if path in self._doubts}
+
+    def _map(self, path: str, sums: Tensor, doubt: Doubt | None) -> None:
         if not self._selected(path):
             return
+        if doubt is not None:
+            self._doubts[path] = doubt
         maps = self._maps.setdefault(path, [])
         maps.append(sums)
         if len(maps) > 4 or path in self._averaged:

@@ -209,7 +209,7 @@ def _beside(weights: Tensor, at: Tensor) -> Tensor:
 def merge(a: Tensor, b: Tensor) -> Tensor:
     """The sums of two parts of one map; per head where both have the same heads."""
     if a.shape != b.shape:
-        a, b = _over_heads(a), _over_heads(b)
+        a, b = _over_known_heads(a), _over_known_heads(b)
     return torch.cat([a[:, :_ADDED] + b[:, :_ADDED], torch.maximum(a, b)[:, _ADDED:]], dim=1)
 
 
@@ -264,10 +264,27 @@ def of_heads(sums: Tensor) -> list[tuple[float, float, float]]:
     return torch.stack([entropy, keys, torch.maximum(before, behind)], dim=1).tolist()
 
 
+def without_doubt(sums: Tensor) -> Tensor:
+    """The heads that were measured, from accumulators on the host; none if it was no attention.
+
+    Of an operator in no table, `capture/fused.py` tries what its arguments may mean. On a device
+    the heads of each meaning that proved wrong are NaN, and nothing else has NaN rows.
+    """
+    return sums[~sums[:, 0].isnan()]
+
+
 def _over_heads(sums: Tensor) -> Tensor:
     return torch.cat(
         [sums[:, :_ADDED].sum(0, keepdim=True), sums[:, _ADDED:].amax(0, keepdim=True)], dim=1
     )
+
+
+def _over_known_heads(sums: Tensor) -> Tensor:
+    """As `_over_heads`, of the heads that `without_doubt` would keep; NaN if there are none."""
+    known = ~sums[:, :1].isnan()
+    nothing = sums.new_zeros(sums.shape[1])
+    nothing[_ADDED:] = -torch.inf
+    return torch.where(known.any(), _over_heads(torch.where(known, sums, nothing)), torch.nan)
 
 
 def _sums(

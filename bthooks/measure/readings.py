@@ -40,6 +40,9 @@ class Readings:
     histograms: dict[str, Histogram] = field(default_factory=dict)  # tag -> buckets
     samples: dict[str, Tensor] = field(default_factory=dict)  # tag -> (n,), drawn as histogram
     forwards: list[Forward] = field(default_factory=list)  # what was not finite in each
+    # By path of a map that may turn out to be none, what is to be said then; on the host, of those
+    # that did.
+    doubts: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def merge(self, other: "Readings") -> None:
         """Take in what another forward or optimizer brought to the same step."""
@@ -62,6 +65,7 @@ class Readings:
         self.unclipped |= other.unclipped
         self.scaling = other.scaling or self.scaling
         self.histograms |= other.histograms
+        self.doubts |= other.doubts
 
 
 class Reading:
@@ -89,19 +93,23 @@ class Reading:
         r, host = self._readings, iter(self._transfer.result())
         by_name = (self._scalars, r.means, r.norms, r.unclipped, r.attention)
         scalars, means, norms, unclipped, maps = ({key: next(host) for key in p} for p in by_name)
+        doubtful = {path: attention.without_doubt(maps[path]) for path in r.doubts if path in maps}
+        lost = [path for path, sums in doubtful.items() if not len(sums)]
+        maps |= doubtful
         return Readings(
             r.scalars | scalars,
             r.base_rates,
             means,
             norms,
             unclipped,
-            attention=maps,
+            attention={path: sums for path, sums in maps.items() if path not in lost},
             histograms={
                 tag: Histogram(*(next(host) for _ in part))
                 for tag, part in self._histograms.items()
             },
             forwards=[forward.on_host(host) for forward in r.forwards],
             scaling=r.scaling._replace(state=next(host)) if r.scaling else None,
+            doubts={path: r.doubts[path] for path in lost},
         )
 
 

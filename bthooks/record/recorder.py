@@ -106,6 +106,8 @@ class Outbox:
             self.tell()
 
     def _write(self, batch: Batch, readings: Readings) -> None:
+        for site, why in readings.doubts.values():
+            self._ledger.say(site, why)
         event = compose(readings, model=True, images=batch.due.histograms, skips=self.skips)
         self._without_scaled(readings, event)
         self.judge(event, figures(readings, event), batch.number, batch.prefix)

@@ -6,7 +6,7 @@ From its Python frames: no hook, so nothing that would switch off a fast path or
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from types import FrameType
 from typing import Any
 
@@ -169,6 +169,17 @@ def as_outside_modes() -> Iterator[None]:
         yield
     finally:
         torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
+
+
+def own_tensors(modules: Collection[nn.Module]) -> tuple[list[nn.Parameter], list[Tensor]]:
+    """The parameters and the buffers that `modules` hold themselves.
+
+    The public `named_parameters(recurse=False)` and `named_buffers` take 18 times as long (370 us
+    for 82 modules), and a model may override them. `_parameters` and `_buffers`: torch 2.11 or
+    before. If they were renamed: AttributeError.
+    """
+    parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+    return parameters, [b for m in modules for b in m._buffers.values() if b is not None]
 
 
 def schema(func: Any) -> torch.FunctionSchema | None:

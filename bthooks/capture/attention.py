@@ -24,7 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from ..report import Ledger
-from ..torch_private import as_outside_modes, dispatch_mode, innermost, leave, without_modes
+from ..torch_private import (
+    as_outside_modes,
+    dispatch_mode,
+    innermost,
+    leave,
+    own_tensors,
+    without_modes,
+)
 from . import fused
 from .operators import FLEX, UNKNOWN, Role, role
 from .softmax import Provenance
@@ -57,10 +64,7 @@ class AttentionMode:
         ledger: Ledger,
     ) -> None:
         self._paths, self._found, self._rows, self._ledger = paths, found, rows, ledger
-        # Of the class, as a model may override these methods.
-        parameters = (p for m in paths for _, p in nn.Module.named_parameters(m, recurse=False))
-        buffers = (b for m in paths for _, b in nn.Module.named_buffers(m, recurse=False))
-        self._provenance = Provenance(parameters, buffers, self._map, rows)
+        self._provenance = Provenance(*own_tensors(paths), self._map, rows)
         self._mode = dispatch_mode(self._dispatch)
 
     def enter(self) -> None:
@@ -105,9 +109,9 @@ class AttentionMode:
         first = next((value for value in given.values() if isinstance(value, Tensor)), None)
         if first is None or first.is_meta or not first.numel():
             return
-        how = fused.how_to_read(its.fused, given)
+        how, arguments = fused.read(its.fused, given)
         with without_modes(), torch.autocast(first.device.type, enabled=False):
-            found = fused.sums_of(how, given, output, rows=self._rows)
+            found = fused.sums_of(how, arguments, output, rows=self._rows)
         doubt = f"attention of {func}", _UNSUPPORTED
         if found is None:
             self._ledger.say(*doubt)

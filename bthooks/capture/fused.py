@@ -18,28 +18,33 @@ from torch.nn import functional as F
 
 from ..measure.attention import merge, sums_of_query_key
 from ..measure.scores import score_blocks
-from .operators import ARGUMENTS, CHANGING, FLEX, HARMLESS, LAYER, UNKNOWN, Fused
+from .operators import ARGUMENTS, CHANGING, HARMLESS, LAYER, UNKNOWN, Fused
 
-_READ = {alias for aliases in ARGUMENTS.values() for alias in aliases}
+_MEANING = {alias: name for name, aliases in ARGUMENTS.items() for alias in aliases}
 _CHECKED = 16  # query rows whose output is compared
 
 
-def how_to_read(fused: Fused, given: Mapping[str, Any]) -> Fused:
-    """`fused`, or `UNKNOWN` where an argument changes the scores that the tables don't explain."""
-    if fused in (FLEX, LAYER):
-        return fused
+def read(fused: Fused, given: Mapping[str, Any]) -> tuple[Fused, Mapping[str, Any]]:
+    """The arguments that an operator was `given`, by the names of `ARGUMENTS`, and what it is then.
+
+    Which is `UNKNOWN` where one of them changes the scores and the tables don't say how.
+    """
+    if fused == LAYER:
+        return fused, given
+    arguments: dict[str, Any] = dict.fromkeys(ARGUMENTS)
     for name, value in given.items():
-        strange = isinstance(value, Tensor) and name not in _READ and name not in HARMLESS
-        if strange or (name in CHANGING and value):
-            return UNKNOWN
-    return fused
+        if (meaning := _MEANING.get(name)) is not None:
+            arguments[meaning] = value if arguments[meaning] is None else arguments[meaning]
+        elif (isinstance(value, Tensor) and name not in HARMLESS) or (name in CHANGING and value):
+            fused = UNKNOWN
+    return fused, arguments
 
 
 @torch.no_grad()
 def sums_of(
-    fused: Fused, given: Mapping[str, Any], output: Any, *, rows: int | None
+    fused: Fused, arguments: Mapping[str, Any], output: Any, *, rows: int | None
 ) -> Tensor | None:
-    """The accumulators of the map of an operator that was `given` arguments and returned `output`.
+    """The accumulators of the map of an operator, from what `read` gave and what it returned.
 
     None if it is no attention as far as its arguments are understood. Where the values that would
     tell are on another device they are not waited for: then the accumulators are of each meaning
@@ -47,11 +52,7 @@ def sums_of(
     are all NaN if none is (`measure.attention.without_doubt`).
     """
     if fused == LAYER:
-        return _sums_of_layer(given, rows)
-    arguments: dict[str, Any] = {
-        name: next((given[alias] for alias in aliases if given.get(alias) is not None), None)
-        for name, aliases in ARGUMENTS.items()
-    }
+        return _sums_of_layer(arguments, rows)
     if fused == UNKNOWN:
         return _sums_of_unknown(arguments, output, rows)
     query, key = (_heads_first(arguments[name], fused.layout) for name in ("query", "key"))

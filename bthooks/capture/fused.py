@@ -117,7 +117,7 @@ def _window(arguments: Mapping[str, Any]) -> tuple[int | None, int | None]:
     left, right, window = (arguments[name] for name in ("left", "right", "window"))
     if isinstance(window, int):  # up to the row's own place
         left = window - 1
-    elif window is not None:
+    elif isinstance(window, tuple | list) and len(window) == 2:
         left, right = window
     return (
         None if left is None or left < 0 else left,

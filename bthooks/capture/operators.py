@@ -23,7 +23,7 @@ class Fused(NamedTuple):
 
     Attributes:
         layout: of query, key and value: "bhld" is (batch, heads, length, features); "blhd" is
-            (batch, length, heads, features) or (rows of all samples, heads, features); "flex" and
+            (batch, length, heads, features) or (rows of all samples, heads, features). "flex" and
             "layer" have functions of their own; "unknown" is found out from what was returned.
         corner: where causality begins. "top left": row i sees the keys 0..i; "bottom right": the
             last row sees all keys.
@@ -43,10 +43,12 @@ FUSED = {
     "aten::_transformer_encoder_layer_fwd": LAYER,
     # torch/nested/_internal/sdpa.py, for nested tensors; xFormers calls them too
     "aten::_flash_attention_forward": _FLASH,
+    "aten::_flash_attention_forward_no_dropout_inplace": _FLASH,
     "aten::_efficient_attention_forward": _EFFICIENT,  # its mask_type says which corner
     "aten::_cudnn_attention_forward": UNKNOWN,
     # torch/nn/attention/varlen.py
     "torch_attn::_varlen_attn": _FLASH,
+    "torch_attn::_varlen_attn_out": _FLASH,
     # Dao-AILab/flash-attention: flash_attn/flash_attn_interface.py since 2.7.1
     "flash_attn::_flash_attn_forward": _FLASH,
     "flash_attn::_flash_attn_varlen_forward": _FLASH,

@@ -305,6 +305,8 @@ def operators():
         more = lambda *given, **named: (*many(*given)[:4], 0, 0)  # noqa: E731
         aten.impl("_flash_attention_forward", many, "CPU")
         aten.impl("_efficient_attention_forward", more, "CPU")
+        one = lambda out, *given, **named: out.new_zeros(1)  # noqa: E731
+        aten.impl("_flash_attention_forward_no_dropout_inplace", one, "CPU")
         yield
 
 
@@ -373,6 +375,17 @@ CALLS = {
         ),
         (_FEW | {"max_q": 7, "max_k": 7, "is_causal": False, "starts": LONG}, {}),
     ],
+    "aten::_flash_attention_forward_no_dropout_inplace": [
+        (
+            _FEW | {"cum_seq_q": None, "cum_seq_k": None, "max_q": 5, "max_k": 9}
+            | {"dropout_p": 0.0, "is_causal": True},
+            {"causal": True},
+        ),
+    ],
+    "torch_attn::_varlen_attn_out": [
+        ({"max_q": 7, "max_k": 7, "window_size": [2, 0], "enable_gqa": True, "starts": LONG},
+         {"left": 2, "right": 0}),
+    ],
     "torch_attn::_varlen_attn": [
         ({"max_q": 7, "max_k": 7, "window_size": [2, 0], "enable_gqa": True, "starts": LONG},
          {"left": 2, "right": 0}),
@@ -410,6 +423,9 @@ def test_operators_of_other_libraries(name, named, means, tmp_path):
             for x, values in zip((q, k), starts.values(), strict=True)
         ]
         samples = list(zip(*parts, strict=True))
+    if "out" in (argument.name for argument in operator._schema.arguments[:1]):
+        into = operator
+        operator = lambda q, *given, **named: [into(torch.zeros_like(q), q, *given, **named)]  # noqa: E731
     found, _ = observed(Call(operator, **named), q, k, v, tmp_path)
     rows = [torch.special.entr(probabilities(*sample, **means)).sum(-1) for sample in samples]
     seen = torch.cat([row.flatten() for row in rows])

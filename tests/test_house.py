@@ -89,8 +89,6 @@ NAMED_TUPLE = {name for name in dir(NamedTuple("Any", [("x", int)])) if name.sta
 BY_NAME = {"getattr", "hasattr", "setattr", "delattr", "getattr_static", "attrgetter"}
 BY_NAME |= {"methodcaller", "import_module"}
 ROOMS = {"torch_private", "record.backend"}  # of torch's private names, of the two backends'
-# TO BE DELETED, one by one, as their private names move into the rooms.
-NOT_YET = {f"capture.{name}" for name in ("attention", "softmax", "operators")}
 
 
 def private(code: str) -> list[str]:
@@ -115,13 +113,13 @@ def private(code: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", sorted(FILES.keys() - ROOMS - NOT_YET))
+@pytest.mark.parametrize("name", sorted(FILES.keys() - ROOMS))
 def test_what_is_private_is_touched_in_its_room(name):
     assert private(FILES[name].read_text()) == []
 
 
 def test_the_rooms_are_needed():
-    for name in (ROOMS & FILES.keys()) | NOT_YET:
+    for name in ROOMS:
         assert private(FILES[name].read_text()), name
 
 

@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bthooks
 from bthooks import torch_private as room
+from bthooks.capture.operators import role
 from bthooks.names import unwrapped
 
 TREE = ast.parse(Path(room.__file__).read_text())
@@ -393,6 +394,105 @@ def test_a_name_that_is_gone_is_an_error_with_the_version(monkeypatch):
         room.norm_of_each([torch.ones(2)], torch.float32)
 
 
+def seeing(seen):
+    def handle(func, args, kwargs):
+        seen.append(func)
+        return func(*args, **kwargs)
+
+    return room.dispatch_mode(handle)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_dispatch_mode():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    x, seen = torch.randn(1, 2, 4, 8), []
+    with seeing(seen):
+        (x @ x.mT).softmax(-1)
+        flex_attention(x, x, x)
+    assert torch.ops.aten._softmax.default in seen
+    assert torch.ops.higher_order.flex_attention in seen
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x.sin() + 1, backend="aot_eager", fullgraph=True)
+    with seeing([]):
+        torch.testing.assert_close(compiled(x), x.sin() + 1)
+
+
+def test_leave():
+    class Other(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    seen, other = [], Other()
+    mode = seeing(seen)
+    mode.__enter__()
+    with other:
+        room.leave(mode)  # from below another
+        room.leave(mode)  # and again
+        torch.ones(1)
+    assert not seen
+    assert torch._C._len_torch_dispatch_stack() == 0
+
+
+def test_as_outside_modes():
+    layer, x = nn.Linear(64, 16), torch.randn(7, 4, 64).transpose(0, 1)
+
+    def handle(func, args, kwargs):
+        with room.as_outside_modes():
+            return func(*args, **kwargs)
+
+    def products(context):
+        with torch.inference_mode(), torch.autograd.profiler.profile() as profile, context:
+            layer(x)
+        return {e.name for e in profile.function_events} & {"aten::mm", "aten::bmm"}
+
+    assert (
+        products(room.dispatch_mode(handle)) == products(contextlib.nullcontext()) == {"aten::mm"}
+    )
+    assert products(seeing([])) == {"aten::bmm"}  # what it is there for
+    with room.as_outside_modes():  # and where nothing is excluded
+        assert torch.equal(layer(x), layer(x))
+
+
+def test_own_tensors():
+    class Overriding(nn.BatchNorm1d):
+        def named_parameters(self, *args, **kwargs):
+            return iter(())
+
+    model = nn.Sequential(Overriding(3), nn.Linear(3, 2, bias=False))
+    parameters, buffers = room.own_tensors(list(model.modules()))
+    norm, linear = model
+    assert list(map(id, parameters)) == list(map(id, (norm.weight, norm.bias, linear.weight)))
+    assert [b.shape for b in buffers] == [(3,), (3,), ()]
+
+
+def test_schema():
+    found = room.schema(torch.ops.aten.softmax.int)
+    assert (found.name, found.overload_name, found.is_mutable) == ("aten::softmax", "int", False)
+    assert [(a.name, a.default_value) for a in found.arguments] == [
+        ("self", None),
+        ("dim", None),
+        ("dtype", None),
+    ]
+    assert room.schema(torch.ops.aten.add_.Tensor).is_mutable
+    assert room.schema(torch.ops.higher_order.flex_attention) is None
+    assert room.schema(torch.softmax) is None
+
+
+def test_storage_of():
+    x = torch.randn(4, 4)
+    address, storage = room.storage_of(x)
+    assert storage.data_ptr() == x.data_ptr()
+    assert room.storage_of(x[1:].T)[0] == address
+    assert room.storage_of(x.clone())[0] != address
+    empty = torch.empty(0), torch.empty(0)
+    assert room.storage_of(empty[0])[0] != room.storage_of(empty[1])[0]
+    assert room.storage_of(torch.eye(3).to_sparse()) is None
+    inside = []
+    torch.func.grad(lambda x: (inside.append(room.storage_of(x)), x.sum())[1])(x)
+    assert inside[0][0] == address
+
+
 @pytest.mark.parametrize("name", MAY_FAIL)
 def test_what_fails_is_said_and_training_goes_on(name, monkeypatch, tmp_path):
     met = []
@@ -401,6 +501,7 @@ def test_what_fails_is_said_and_training_goes_on(name, monkeypatch, tmp_path):
         met.append(name)
         raise RuntimeError("torch 9.9 is not known here")
 
+    role.cache_clear()
     original = getattr(room, name)
     for ours in [m for key, m in sys.modules.items() if key.startswith("bthooks")]:
         if getattr(ours, name, None) is original:

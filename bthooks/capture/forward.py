@@ -22,7 +22,7 @@ from ..measure.uncertainty import find_uncertainties
 from ..names import module_names
 from ..report import Ledger
 from ..torch_private import Hook, finds_itself, without_modes
-from .attention import AttentionMode, leave
+from .attention import AttentionMode, Doubt
 from .nonfinite import Trail, observable
 from .wanted import Wanted
 
@@ -43,6 +43,7 @@ class ObservedForward:
         self._wanted, self._histograms, self._ledger = wanted, histograms, ledger
         self._activations: dict[str, Histogram] = {}
         self._maps: dict[str, list[Tensor]] = {}
+        self._doubts: dict[str, Doubt] = {}
         self._averaged: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._mode: AttentionMode | None = None
@@ -60,7 +61,7 @@ class ObservedForward:
                         "versions before, and which of them ran a map can't be told",
                     )
                 self._mode = AttentionMode(paths, self._map, wanted.rows, ledger)
-                self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch's, not annotated
+                self._mode.enter()
         except BaseException:
             self.close()
             raise
@@ -75,10 +76,10 @@ class ObservedForward:
 
     def close(self) -> None:
         """Take everything off again."""
-        if self._mode is not None:
-            leave(self._mode)
-            self._mode.forget()
-            self._mode = None
+        mode, self._mode = self._mode, None
+        if mode is not None:
+            with self._ledger.guard("attention"):
+                mode.leave()
         self._trail.close()
         for handle in self._handles:
             handle.remove()
@@ -88,11 +89,12 @@ class ObservedForward:
         readings, ledger = Readings(), self._ledger
         with ledger.guard("finite values"):
             readings.forwards = [self._trail.ended(root, output)]
-        readings.attention = {
-            f"{path}/{index}" if index else path: sums
-            for path, maps in self._maps.items()
-            for index, sums in enumerate(maps)
-        }
+        for path, maps in self._maps.items():
+            for index, sums in enumerate(maps):
+                name = f"{path}/{index}" if index else path
+                readings.attention[name] = sums
+                if path in self._doubts:
+                    readings.doubts[name] = self._doubts[path]
         ledger.captured("attention", readings.attention)
         for path, found in self._activations.items():
             readings.histograms[Drawn("activations", path)] = found
@@ -110,9 +112,11 @@ class ObservedForward:
                 hook = Hook(functools.partial(self._activation, path))
                 self._handles.append(module.register_forward_hook(hook))
 
-    def _map(self, path: str, sums: Tensor) -> None:
+    def _map(self, path: str, sums: Tensor, doubt: Doubt | None) -> None:
         if not self._wanted.selected(path):
             return
+        if doubt is not None:
+            self._doubts[path] = doubt
         maps = self._maps.setdefault(path, [])
         maps.append(sums)
         if len(maps) > 4 or path in self._averaged:

@@ -1,40 +1,221 @@
-"""Fused: the attention inside one operator, from its arguments by the names of its schema. Pure.
+"""Fused: attention inside one operator, measured from what the operator was given. Pure.
 
-In: the arguments by name, and for operators that are not torch's own the output too.
-Out: the sums of the map `(heads, 15)`.
+In: the operator's arguments by name, and how they are read (`operators.Fused`). Out: the
+accumulators of the map, as `measure/attention.py` takes them from query and key.
+
+The scores exist only inside the kernel, so they are computed again, some query rows at a time. The
+tables say what the arguments mean. For an operator of no table each meaning that fits the shapes is
+tried, and what the operator returned shows which is right: `_sums_of_unknown`.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..measure.attention import sums_of_query_key
+from ..measure.attention import merge, sums_of_query_key
 from ..measure.scores import score_blocks
+from .operators import ARGUMENTS, CHANGING, HARMLESS, LAYER, UNKNOWN, Fused
 
-_QUERY, _KEY, _VALUE = ("query", "q"), ("key", "k"), ("value", "v")
-_CAUSAL = ("is_causal", "causal")
-_SCALE = ("scale", "softmax_scale", "sm_scale", "scaling")
-_MASK = ("attn_mask", "attn_bias", "mask", "bias")
-_CHECKED = 16  # rows whose output is compared
+_MEANING = {alias: name for name, aliases in ARGUMENTS.items() for alias in aliases}
+_CHECKED = 16  # query rows whose output is compared
 
 
-def takes_attention(arguments: Collection[str]) -> bool:
-    """Whether an operator with arguments of these names takes query, key and value."""
-    return all(any(name in arguments for name in names) for names in (_QUERY, _KEY, _VALUE))
+def read(fused: Fused, given: Mapping[str, Any]) -> tuple[Fused, Mapping[str, Any]]:
+    """The arguments that an operator was `given`, by the names of `ARGUMENTS`, and what it is then.
+
+    Which is `UNKNOWN` where one of them changes the scores and the tables don't say how.
+    """
+    if fused == LAYER:
+        return fused, given
+    arguments: dict[str, Any] = dict.fromkeys(ARGUMENTS)
+    for name, value in given.items():
+        if (meaning := _MEANING.get(name)) is not None:
+            arguments[meaning] = value if arguments[meaning] is None else arguments[meaning]
+        elif (isinstance(value, Tensor) and name not in HARMLESS) or (name in CHANGING and value):
+            fused = UNKNOWN
+    return fused, arguments
 
 
-def sums_of_sdpa(given: Mapping[str, Any], *, rows: int | None) -> Tensor:
-    """The sums of one of torch's `aten::_scaled_dot_product_*`."""
-    return sums_of_query_key(
-        given["query"],
-        given["key"],
-        mask=_first(given, _MASK),
-        is_causal=given.get("is_causal", False),
-        scale=given.get("scale"),
-        rows=rows,
+@torch.no_grad()
+def sums_of(
+    fused: Fused, arguments: Mapping[str, Any], output: Any, *, rows: int | None
+) -> Tensor | None:
+    """The accumulators of the map of an operator, from what `read` gave and what it returned.
+
+    None if it is no attention as far as its arguments are understood. Where the values that would
+    tell are on another device they are not waited for: then the accumulators are of each meaning
+    that the arguments may have, heads after heads, and NaN but for the one that is right. So they
+    are all NaN if none is (`measure.attention.without_doubt`).
+    """
+    if fused == LAYER:
+        return _sums_of_layer(arguments, rows)
+    if fused == UNKNOWN:
+        return _sums_of_unknown(arguments, output, rows)
+    query, key = (_heads_first(arguments[name], fused.layout) for name in ("query", "key"))
+    mask_type = arguments["mask_type"]
+    causal = arguments["causal"] if mask_type is None else mask_type > 0
+    corner = "bottom right" if mask_type == 2 else fused.corner
+    scoring = _scoring(arguments, query, key, corner if causal else None)
+    return sums_of_query_key(query, key, rows=rows, **scoring)
+
+
+def _heads_first(x: Tensor, layout: str) -> Tensor:
+    """As `(batch, heads, length, features)`."""
+    if layout == "bhld":
+        return x
+    return x.transpose(1, 2) if x.dim() == 4 else x.transpose(0, 1)[None]
+
+
+def _scoring(
+    arguments: Mapping[str, Any], query: Tensor, key: Tensor, corner: str | None
+) -> dict[str, Any]:
+    """What `score_blocks` is to do to query and key, causal from `corner` if that is given."""
+    scoring = {"mask": arguments["mask"], "scale": arguments["scale"]}
+    starts_q, starts_k, slopes, softcap = (
+        arguments[name] for name in ("starts_q", "starts_k", "slopes", "softcap")
     )
+    left, right = _window(arguments)
+    special = (starts_q, starts_k, slopes, softcap or None, left, right)
+    if all(value is None for value in special):
+        if corner is None:
+            return scoring
+        if corner == "top left" or query.shape[-2] == key.shape[-2]:
+            return scoring | {"is_causal": True}
+    sample_q, row, length_q = _places(query, starts_q)
+    sample_k, column, length_k = _places(key, starts_k)
+
+    def ahead(at_q: Tensor, at_k: Tensor) -> Tensor:
+        """How far a key stands behind its query's place: above 0 it is in the future."""
+        shift = 0 if corner == "top left" else length_k[at_k] - length_q[at_q]
+        return column[at_k] - row[at_q] - shift
+
+    def sees(b: Tensor, h: Tensor, at_q: Tensor, at_k: Tensor) -> Tensor:
+        distance, seen = ahead(at_q, at_k), sample_q[at_q] == sample_k[at_k]
+        if left is not None:
+            seen &= distance >= -left
+        if right is not None:
+            seen &= distance <= right
+        return seen if corner is None else seen & (distance <= 0)
+
+    def change(score: Tensor, b: Tensor, h: Tensor, at_q: Tensor, at_k: Tensor) -> Tensor:
+        if softcap:
+            score = softcap * torch.tanh(score / softcap)
+        if slopes is not None:
+            slope = slopes[h] if slopes.dim() == 1 else slopes[b, h]
+            score = score - slope * ahead(at_q, at_k).abs()
+        return score
+
+    return scoring | {"mask_mod": sees, "score_mod": change}
+
+
+def _window(arguments: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """How many keys a row sees before its own place, and behind it; None: all."""
+    left, right, window = (arguments[name] for name in ("left", "right", "window"))
+    if isinstance(window, int):  # up to the row's own place
+        left = window - 1
+    elif isinstance(window, tuple | list) and len(window) == 2:
+        left, right = window
+    return (
+        None if left is None or left < 0 else left,
+        None if right is None or right < 0 else right,
+    )
+
+
+def _places(x: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row: its sample, its place in it, and that sample's length; `(L,)` each.
+
+    Args:
+        starts: where the samples begin that stand in a row, and the end; None: there is one.
+    """
+    at = torch.arange(x.shape[-2], device=x.device)
+    if starts is None:
+        return torch.zeros_like(at), at, torch.full_like(at, len(at))
+    sample = torch.bucketize(at, starts[1:-1], right=True)
+    return sample, at - starts[sample], starts.diff()[sample]
+
+
+def _sums_of_unknown(arguments: Mapping[str, Any], output: Any, rows: int | None) -> Tensor | None:
+    """As `sums_of`, of an operator of which no table says what its arguments mean.
+
+    Neither the layout nor the corner of a causal mask is in a schema. So each that fits the shapes
+    is tried on some rows, and the first that yields the output is taken: an argument that nothing
+    here knows is found out by it.
+    """
+    output = output[0] if isinstance(output, tuple | list) and output else output
+    parts = [*(arguments[name] for name in ("query", "key", "value")), output]
+    if not all(isinstance(part, Tensor) for part in parts):
+        return None
+    found: list[Tensor] = []
+    free = torch.ones((), dtype=torch.bool, device=output.device)
+    for query, key, value, expected in _layouts(*parts):
+        for corner in _corners(arguments, query, key):
+            scoring = _scoring(arguments, query, key, corner)
+            fits = _yields(expected, query, key, value, scoring)
+            if _is_readable(fits):
+                if fits:
+                    return sums_of_query_key(query, key, rows=rows, **scoring)
+                continue
+            sums = sums_of_query_key(query, key, rows=rows, **scoring)
+            found.append(torch.where(fits & free, sums, torch.nan))
+            free = free & ~fits
+    return torch.cat(found, dim=1) if found else None
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether its value is there without a wait for a device."""
+    return tensor.device.type == "cpu"
+
+
+def _corners(arguments: Mapping[str, Any], query: Tensor, key: Tensor) -> Iterator[str | None]:
+    """Each causality that the arguments don't rule out; None is none."""
+    causal = arguments["causal"]
+    if not causal:
+        yield None
+    if causal is not False:
+        yield "bottom right"
+        if arguments["starts_q"] is not None or query.shape[-2] != key.shape[-2]:  # else the same
+            yield "top left"
+
+
+def _layouts(*parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Query, key, value and output as `(batch, heads, length, d)`, in every order that fits."""
+    orders: dict[int, list[Callable[[Tensor], Tensor]]] = {
+        3: [
+            lambda x: x.transpose(0, 1)[None],  # (L, H, d), or all samples in a row
+            lambda x: x[:, None],  # (B H, L, d)
+            lambda x: x[None],  # (H, L, d)
+        ],
+        4: [lambda x: x.transpose(1, 2), lambda x: x],  # (B, L, H, d), (B, H, L, d)
+    }
+    if len({part.dim() for part in parts}) > 1:
+        return
+    for order in orders.get(parts[0].dim(), []):
+        q, k, v, o = (order(part) for part in parts)
+        (batch, heads, length, width), (_, key_heads, keys, _) = q.shape, k.shape
+        fits = k.shape == (batch, key_heads, keys, width) and heads % key_heads == 0
+        fits = fits and v.shape[:-1] == k.shape[:-1]
+        if fits and o.shape == (batch, heads, length, v.shape[-1]):
+            yield q, k, v, o
+
+
+def _yields(
+    output: Tensor, query: Tensor, key: Tensor, value: Tensor, scoring: Mapping[str, Any]
+) -> Tensor:
+    """Whether some rows of `output` are softmax(scores) value: 0-d, on its device."""
+    tolerance = 5e-3 if output.dtype in (torch.float32, torch.float64) else 2e-2
+    off, size = output.new_zeros(2, dtype=torch.float32)
+    value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).float()
+    for at, scores, _ in score_blocks(query, key, rows=_CHECKED, **scoring):
+        weights = scores.softmax(-1).nan_to_num_().float()  # (B, H, r, S), or its first keys
+        expected = output.index_select(-2, at).float()
+        off += (weights @ value[..., : weights.shape[-1], :] - expected).square().sum()
+        size += expected.square().sum()
+    fits: Tensor = off < tolerance**2 * size
+    return fits
 
 
 def sums_of_flex(
@@ -50,7 +231,7 @@ def sums_of_flex(
     *,
     rows: int | None,
 ) -> Tensor:
-    """The sums of `flex_attention`, from its arguments in their order."""
+    """The accumulators of `flex_attention`, from its arguments in their order."""
     mask_mod = block_mask[-1]
     return sums_of_query_key(
         query,
@@ -75,110 +256,34 @@ def _for_each(function: Callable[..., Tensor], *, scores: bool) -> Callable[...,
     return mapped
 
 
-@torch.no_grad()
-def sums_of_custom(given: Mapping[str, Any], output: Any, *, rows: int | None) -> Tensor | None:
-    """The sums of an operator that is not torch's; None if its output is no such attention.
-
-    Neither the layout of its arguments nor the alignment of its causal mask is in a schema. So
-    each that fits the shapes is tried on some rows, and the one that yields the output is taken:
-    arguments that nothing here knows are found out by it. The comparison is read by the host.
-    """
-    output = output[0] if isinstance(output, tuple | list) else output
-    parts = [*(_first(given, names) for names in (_QUERY, _KEY, _VALUE)), output]
-    if not all(isinstance(part, Tensor) for part in parts):
-        return None
-    tolerance = 5e-3 if output.dtype in (torch.float32, torch.float64) else 2e-2
-    for q, k, v, o in _layouts(*parts):
-        for arguments in _variants(given, q, k):
-            off, size = o.new_zeros(2, dtype=torch.float32)
-            for at, scores, _ in score_blocks(q, k, rows=_CHECKED, **arguments):
-                weights = scores.softmax(-1).nan_to_num_()  # (B, H, r, S)
-                heads = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-                expected = o.index_select(-2, at).float()
-                off += (weights.float() @ heads.float() - expected).square().sum()
-                size += expected.square().sum()
-            if off < tolerance**2 * size:
-                return sums_of_query_key(q, k, rows=rows, **arguments)
-    return None
+def _sums_of_layer(given: Mapping[str, Any], rows: int | None) -> Tensor:
+    """Of torch.nn's C++ fast paths, with query and key computed again as the layer does."""
+    query = given["src"] if "src" in given else given["query"]  # (B, L, D)
+    key = given.get("key", query)
+    if given.get("norm_first"):
+        weight, bias = given["norm_weight_1"], given["norm_bias_1"]
+        query = key = F.layer_norm(query, query.shape[-1:], weight, bias, given["eps"])
+    if query.is_nested:
+        # Padding in eval: what is left of each sample, (L_i, D), sees all that is left of it.
+        samples = zip(query.unbind(), key.unbind(), strict=True)
+        return reduce(
+            merge,
+            (_sums_of_heads(q[None], k[None], None, given, rows) for q, k in samples if len(q)),
+        )
+    mask = given.get("mask")
+    visible = None if mask is None else mask == 0  # the kernels hide whatever is not zero
+    if visible is not None and given.get("mask_type") == 1:  # padding, (B, S)
+        visible = visible[:, None, None]
+    return _sums_of_heads(query, key, visible, given, rows)
 
 
-def _layouts(*parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Query, key, value and output as `(batch, heads, length, d)`, in every order that fits."""
-    orders: dict[int, list[Callable[[Tensor], Tensor]]] = {
-        3: [
-            lambda x: x.transpose(0, 1)[None],  # (L, H, d), or all samples in a row
-            lambda x: x[:, None],  # (B H, L, d)
-            lambda x: x[None],  # (H, L, d)
-        ],
-        4: [lambda x: x.transpose(1, 2), lambda x: x],  # (B, L, H, d), (B, H, L, d)
-    }
-    if len({part.dim() for part in parts}) > 1:
-        return
-    for order in orders.get(parts[0].dim(), []):
-        q, k, v, o = (order(part) for part in parts)
-        (batch, heads, length, width), (_, key_heads, keys, _) = q.shape, k.shape
-        fits = k.shape == (batch, key_heads, keys, width) and heads % key_heads == 0
-        fits = fits and v.shape[:-1] == k.shape[:-1]
-        if fits and o.shape == (batch, heads, length, v.shape[-1]):
-            yield q, k, v, o
-
-
-def _variants(given: Mapping[str, Any], q: Tensor, k: Tensor) -> Iterator[dict[str, Any]]:
-    """The arguments of `score_blocks`, for each causality that is not ruled out."""
-    sample_q, row, length_q = _places(q, _first(given, ("cu_seqlens_q", "cum_seq_q")))
-    sample_k, column, length_k = _places(k, _first(given, ("cu_seqlens_k", "cum_seq_k")))
-    left, right = (given.get(f"window_size_{side}") for side in ("left", "right"))
-    slopes, softcap = given.get("alibi_slopes"), given.get("softcap")
-
-    def variant(causal: bool, ends_meet: bool) -> dict[str, Any]:
-        def ahead(at_q: Tensor, at_k: Tensor) -> Tensor:
-            """How far a key stands behind its query's place: above 0 it is in the future."""
-            shift = (length_k[at_k] - length_q[at_q]) if ends_meet else 0
-            return column[at_k] - row[at_q] - shift
-
-        def sees(b: Tensor, h: Tensor, at_q: Tensor, at_k: Tensor) -> Tensor:
-            distance, seen = ahead(at_q, at_k), sample_q[at_q] == sample_k[at_k]
-            if left is not None and left >= 0:
-                seen &= distance >= -left
-            if right is not None and right >= 0:
-                seen &= distance <= right
-            return seen & (distance <= 0) if causal else seen
-
-        def change(score: Tensor, b: Tensor, h: Tensor, at_q: Tensor, at_k: Tensor) -> Tensor:
-            if softcap:
-                score = softcap * torch.tanh(score / softcap)
-            if slopes is not None:
-                slope = slopes[h] if slopes.dim() == 1 else slopes[b, h]
-                score = score - slope * ahead(at_q, at_k).abs()
-            return score
-
-        return {
-            "mask": _first(given, _MASK),
-            "scale": _first(given, _SCALE),
-            "mask_mod": sees,
-            "score_mod": change,
-        }
-
-    causal = _first(given, _CAUSAL)
-    if not causal:
-        yield variant(False, True)
-    if causal is not False:
-        yield variant(True, True)
-        yield variant(True, False)
-
-
-def _places(x: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row: its sample, its place in it, and that sample's length; `(L,)` each.
-
-    Args:
-        starts: where the samples begin that stand in a row, and the end; None: there is one.
-    """
-    at = torch.arange(x.shape[-2], device=x.device)
-    if starts is None:
-        return torch.zeros_like(at), at, torch.full_like(at, len(at))
-    sample = torch.bucketize(at, starts[1:-1], right=True)
-    return sample, at - starts[sample], starts.diff()[sample]
-
-
-def _first(given: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-    return next((given[name] for name in names if given.get(name) is not None), None)
+def _sums_of_heads(
+    query: Tensor, key: Tensor, mask: Tensor | None, given: Mapping[str, Any], rows: int | None
+) -> Tensor:
+    heads = given["num_heads"] if "num_heads" in given else given["num_head"]
+    weights, biases = given["qkv_weight"].chunk(3), given["qkv_bias"].chunk(3)
+    q, k = (
+        F.linear(x, w, b).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, L, D) -> (B, H, L, d)
+        for x, w, b in zip((query, key), weights, biases, strict=False)
+    )
+    return sums_of_query_key(q, k, mask=mask, rows=rows)

@@ -1,29 +1,119 @@
-"""Operators: what they are to attention scores, by their names and tags.
+"""Operators: every operator name that we know, in tables, as `torch.utils.flop_counter` has them.
+
+`FUSED` is of operators that compute attention as a whole: `fused.py` reads their arguments. The
+others are the parts that an explicit attention is made of, which `softmax.py` follows. A library's
+kernel that is no operator of torch can't be seen at all: Transformer Engine's own (pybind) and what
+is launched from Triton; where Transformer Engine calls flash-attn, that is seen.
 
 By name and not by overload: `add` is `add_`, and under inference_mode `matmul` and `linear` come
 whole, as many others do.
 """
 
 import functools
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
-from torch._ops import OpOverload
 
-# By name, the place of the first factor.
+from ..torch_private import schema
+
+
+class Fused(NamedTuple):
+    """How the arguments of an operator that computes attention as a whole are read.
+
+    Attributes:
+        layout: of query, key and value: "bhld" is (batch, heads, length, features); "blhd" is
+            (batch, length, heads, features) or (rows of all samples, heads, features). "flex" and
+            "layer" have functions of their own; "unknown" is found out from what was returned.
+        corner: where causality begins. "top left": row i sees the keys 0..i; "bottom right": the
+            last row sees all keys.
+    """
+
+    layout: str
+    corner: str = "top left"
+
+
+FLEX, LAYER, SDPA, UNKNOWN = Fused("flex"), Fused("layer"), Fused("bhld"), Fused("unknown")
+_FLASH, _EFFICIENT = Fused("blhd", "bottom right"), Fused("blhd")
+
+_SDPA = "aten::_scaled_dot_product_"  # and the name of a kernel: those to come, too
+FUSED = {
+    # torch.nn.MultiheadAttention and TransformerEncoderLayer in eval(): their C++ fast paths
+    "aten::_native_multi_head_attention": LAYER,
+    "aten::_transformer_encoder_layer_fwd": LAYER,
+    # torch/nested/_internal/sdpa.py, for nested tensors; xFormers calls them too
+    "aten::_flash_attention_forward": _FLASH,
+    "aten::_flash_attention_forward_no_dropout_inplace": _FLASH,
+    "aten::_efficient_attention_forward": _EFFICIENT,  # its mask_type says which corner
+    "aten::_cudnn_attention_forward": UNKNOWN,
+    # torch/nn/attention/varlen.py
+    "torch_attn::_varlen_attn": _FLASH,
+    "torch_attn::_varlen_attn_out": _FLASH,
+    # Dao-AILab/flash-attention: flash_attn/flash_attn_interface.py since 2.7.1
+    "flash_attn::_flash_attn_forward": _FLASH,
+    "flash_attn::_flash_attn_varlen_forward": _FLASH,
+    # the same: hopper/flash_attn_interface.py, hopper/flash_api.cpp
+    "flash_attn_3::_flash_attn_forward": _FLASH,
+    "flash_attn_3::fwd": _FLASH,
+    # facebookresearch/xformers: xformers/ops/fmha/flash.py, which refuses a mask from the top left
+    # where that would differ, and flash3.py; xformers/csrc/attention/attention.cpp before 0.0.30
+    "xformers_flash::flash_fwd": _FLASH,
+    "xformers_flash3::flash_fwd": _FLASH,
+    "xformers::efficient_attention_forward_cutlass": _EFFICIENT,
+    # thu-ml/SageAttention, sageattention/sm80_compile.py, sm89 and sm90, is in no table: query and
+    # key are int8, with scales for blocks of rows that differ by kernel. It is said, not measured.
+}
+
+# What the arguments of such operators are called.
+ARGUMENTS = {
+    "query": ("query", "q", "q_int8"),
+    "key": ("key", "k", "k_int8"),
+    "value": ("value", "v"),
+    "mask": ("attn_mask", "attn_bias", "mask", "bias"),
+    "scale": ("scale", "softmax_scale", "sm_scale", "scaling"),
+    "causal": ("is_causal", "causal"),
+    "mask_type": ("custom_mask_type",),  # 1: causal from the top left, 2: from the bottom right
+    "left": ("window_size_left", "window_left"),  # keys seen before the row's own place; -1: all
+    "right": ("window_size_right", "window_right"),
+    "window": ("window_size",),  # both of them, or how many keys up to the row's own place
+    "starts_q": ("cu_seqlens_q", "cum_seq_q", "cu_seq_q", "seqstart_q"),  # samples one by one
+    "starts_k": ("cu_seqlens_k", "cum_seq_k", "cu_seq_k", "seqstart_k"),
+    "slopes": ("alibi_slopes",),
+    "softcap": ("softcap",),
+}
+# Where another tensor is given than these and those above, the scores are made of more than we read
+# (pages of a cache, lengths, rotations, scales of float8): what the operator returned has to show.
+HARMLESS = {"out", "out_", "output", "dropout_mask", "scheduler_metadata", "rng_state"}
+CHANGING = {"attention_chunk"}  # and these, though they are no tensors
+
+# Under inference_mode these arrive whole, and with them the attention that they are made of.
+_DECOMPOSED = {
+    *("scaled_dot_product_attention", "_scaled_dot_product_attention_math"),
+    *("einsum", "tensordot"),
+}
+# Whether these call mm or bmm depends on what they are run in.
+_CHOOSING = {"linear", "matmul"}
+
+# What is a part of an explicit attention: by name, the part.
+_PARTS = {
+    **dict.fromkeys(("convolution", "conv1d", "conv2d", "conv3d"), "convolution"),
+    **dict.fromkeys(("_softmax", "_safe_softmax", "softmax"), "softmax"),
+    **dict.fromkeys(("_log_softmax", "log_softmax"), "log_softmax"),
+    **dict.fromkeys(("exp", "exp_"), "exp"),
+    **{"sum": "sum", "logsumexp": "logsumexp", "copy_": "copy", "cat": "cat", "mul": "mul"},
+    **dict.fromkeys(("normal_", "uniform_", "bernoulli_", "exponential_"), "fill"),
+    **dict.fromkeys(("zero_", "fill_"), "fill"),
+}
+# Products, with the place of the first factor.
 _PRODUCTS = {
     **{"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "matmul": 0, "linear": 0},
     **{"addmm": 1, "baddbmm": 1, "addbmm": 1},
     **{"_cdist_forward": 0, "_euclidean_dist": 0, "cdist": 0},
 }
-CONVOLUTIONS = {"convolution", "conv1d", "conv2d", "conv3d"}
-SOFTMAX = {"_softmax", "_safe_softmax", "softmax"}
-LOG_SOFTMAX = {"_log_softmax", "log_softmax"}
 _VIEWS = {
     *("view", "t", "transpose", "permute", "unbind", "detach", "alias", "slice", "select", "split"),
     *("split_with_sizes", "chunk", "expand", "unsqueeze", "squeeze", "as_strided", "unfold"),
 }
-FILLING = {"normal_", "uniform_", "bernoulli_", "exponential_", "zero_", "fill_"}
 # Beside what torch tags as pointwise. Views need no entry: marks are kept by storage.
 _KEEPING = {
     *("masked_fill", "_to_copy", "to", "type_as", "copy", "contiguous", "_unsafe_view", "reshape"),
@@ -35,26 +125,62 @@ _KEEPING = {
 
 
 class Role(NamedTuple):
-    """What an operator is called, whether it keeps scores what they are, whether it overwrites.
+    """What an operator is to attention.
 
     Attributes:
+        fused: how it is read, if it computes attention as a whole.
+        defaults: then, its arguments in their order, with their defaults.
+        part: of an explicit attention: "product", "softmax", ...; "" for any other.
         product: the place of the first factor, if it is a product.
+        keeps: whether what it makes of scores are scores.
+        mutates: whether it overwrites an argument.
         is_view: whether what it returns has the storage of what it was given.
+        decomposes: whether the mode is to see what it is made of instead.
+        chooses: whether what it calls depends on what it is run in.
     """
 
-    name: str
+    fused: Fused | None = None
+    defaults: dict[str, Any] = {}  # noqa: RUF012  # of a NamedTuple, never written to
+    part: str = ""
+    product: int = 0
     keeps: bool = False
     mutates: bool = False
-    product: int | None = None
     is_view: bool = False
+    decomposes: bool = False
+    chooses: bool = False
 
 
 @functools.cache
 def role(func: Any) -> Role:
-    """The role of `func`; nameless where it is none of torch's own."""
-    if not isinstance(func, OpOverload) or func.namespace != "aten":
-        return Role("")
-    name = func._schema.name.removeprefix("aten::")
-    plain = name.rstrip("_")
-    keeps = torch.Tag.pointwise in func.tags or plain in _KEEPING
-    return Role(name, keeps, func._schema.is_mutable, _PRODUCTS.get(plain), name in _VIEWS)
+    """The role of `func`, as a dispatch mode is given it."""
+    if func is torch.ops.higher_order.flex_attention:
+        return Role(FLEX)
+    signature = schema(func)
+    if signature is None:
+        return Role()
+    namespace, _, name = signature.name.partition("::")
+    plain, is_aten = name.rstrip("_"), namespace == "aten"
+    is_default = is_aten and not signature.overload_name
+    if is_default and name in _DECOMPOSED:
+        return Role(decomposes=True)
+    defaults = {argument.name: argument.default_value for argument in signature.arguments}
+    fused = None if "backward" in name else _fused(signature.name, defaults)
+    if not is_aten or fused is not None:
+        return Role(fused, defaults)
+    return Role(
+        part="product" if plain in _PRODUCTS else _PARTS.get(name, ""),
+        product=_PRODUCTS.get(plain, 0),
+        keeps=torch.Tag.pointwise in func.tags or plain in _KEEPING,
+        mutates=signature.is_mutable,
+        is_view=name in _VIEWS,
+        chooses=is_default and name in _CHOOSING,
+    )
+
+
+def _fused(name: str, arguments: Collection[str]) -> Fused | None:
+    if name in FUSED or name.startswith(_SDPA):
+        return FUSED.get(name, SDPA)
+    takes_attention = all(
+        any(alias in arguments for alias in ARGUMENTS[part]) for part in ("query", "key", "value")
+    )
+    return UNKNOWN if takes_attention and not name.startswith("aten::") else None

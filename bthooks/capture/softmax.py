@@ -1,27 +1,28 @@
-"""Provenance: which tensors of one forward are attention scores or weights.
+"""Softmax: which tensors of one forward are attention scores or weights, by their provenance.
 
-In: each operator with its arguments and its output. Out: the attention maps of explicit softmaxes.
+In: each operator with its arguments and its output. Out: the accumulators of each attention map
+whose softmax is an operator of its own (DeBERTa, T5, eager attention), as `measure/attention.py`
+takes them from the scores.
 
-Scores are a product of two activations. They stay scores through element-wise and view operators
-and through a product with a parameter over the heads (talking heads). The softmax over their last
-dimension makes weights, and weights that enter a product with an activation are an attention map.
-So a router, a codebook or a vocabulary is none: the one factor is a parameter, or made of
-parameters (Bayesian layers, adapters, weight norms), or the softmax enters no product.
+A softmax alone says nothing: routers, codebooks and classifiers have one too. What tells is what it
+descends from. Scores are a product of two activations. They stay scores through element-wise and
+view operators and through a product with a parameter over the heads (talking heads). The softmax
+over their last dimension makes weights, and weights that enter a product with an activation are an
+attention map. So a router, a codebook or a vocabulary is none: the one factor is a parameter, or
+made of parameters (Bayesian layers, adapters, weight norms), or the softmax enters no product.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
 from ..measure.attention import sums_of_scores, sums_of_weights
-from ..torch_private import without_modes
-from .operators import CONVOLUTIONS, FILLING, LOG_SOFTMAX, SOFTMAX, Role
-from .operators import role as role_of
+from ..torch_private import storage_of, without_modes
+from .operators import Role
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,12 @@ class _Constant:
 
 @dataclass(frozen=True)
 class _Scores:
-    """Scores, or their logarithms of weights once a norm was taken off.
+    """Scores.
 
     Args:
         heads, width: the batches times heads of the product that made them, and its last size.
         keys: the columns that are keys, where others are sinks.
+        normal: whether their exp is weights: a log_softmax, or what a norm was taken off.
     """
 
     heads: int
@@ -51,7 +53,13 @@ class _Scores:
 
 @dataclass
 class _Weights:
-    """Weights that a softmax made: an attention map once they enter a product."""
+    """Weights, or exp(scores) on the way to them: an attention map once they enter a product.
+
+    Args:
+        heads, width: as of the scores.
+        sums: their accumulators; None once they were handed out, or before they are normal.
+        normal: whether their rows sum to 1.
+    """
 
     heads: int
     width: int
@@ -68,12 +76,12 @@ _Mark = _Parameter | _Constant | _Scores | _Weights | _Norm
 
 
 class Provenance:
-    """The marks of one forward.
+    """Marks the storages of one forward by what lies in them, and finds the attention maps.
 
     Args:
         parameters: a product with one of these, or with what is made of them, makes no scores.
         buffers: the model's constants.
-        found: called with the sums `(heads, 15)` of each attention map.
+        found: called with the accumulators of each attention map.
         rows: the query rows per map that statistics are taken from; None takes all.
     """
 
@@ -93,29 +101,28 @@ class Provenance:
                 if not is_lazy(tensor):
                     self._mark(tensor, mark)
 
-    def follow(self, func: Any, args: tuple[Any, ...], output: Any) -> None:
-        """Take note of the operator `func` that was called with `args`."""
-        role = role_of(func)
-        name = role.name
-        if role.product is not None:
+    def follow(self, role: Role, args: tuple[Any, ...], output: Any) -> None:
+        """Take note of an operator of that role that was called with `args`."""
+        part = role.part
+        if part == "product":
             self._product(args[role.product], args[role.product + 1], output)
-        elif name in CONVOLUTIONS:
+        elif part == "convolution":
             mark, shape = self._of(args[0]), args[0].shape
             if isinstance(mark, _Scores | _Weights) and shape[-1] == mark.width:
                 self._mark(output, mark)  # over the heads, as images have channels
-        elif name in SOFTMAX | LOG_SOFTMAX:
-            self._softmax(args[0], args[1], output, logarithm=name in LOG_SOFTMAX)
-        elif name in ("exp", "exp_") and isinstance(mark := self._of(args[0]), _Scores):
+        elif part in ("softmax", "log_softmax"):
+            self._softmax(args[0], args[1], output, logarithm=part == "log_softmax")
+        elif part == "exp" and isinstance(mark := self._of(args[0]), _Scores):
             # A softmax that is written out, once its norm is seen.
             sums = self._sums_of_weights(output) if mark.normal else None
             self._mark(output, _Weights(mark.heads, mark.width, sums, mark.normal))
-        elif name == "copy_" and isinstance(self._of(args[0]), _Scores) and _is_whole(args[0]):
+        elif part == "copy" and isinstance(self._of(args[0]), _Scores) and _is_whole(args[0]):
             self._mark(args[0], self._of(args[1]))  # a buffer that is used again
-        elif name in ("logsumexp", "sum") and self._is_norm(name, args):
+        elif part in ("logsumexp", "sum") and self._is_norm(part, args):
             self._mark(output, _Norm())
         else:
             self._carry(role, args, output)
-            if name == "cat":
+            if part == "cat":
                 self._cat(*args, output=output)
 
     def _product(self, a: Tensor, b: Tensor, output: Tensor) -> None:
@@ -160,10 +167,10 @@ class Provenance:
         with without_modes():
             return sums_of_weights(weights.detach(), rows=self._rows)
 
-    def _is_norm(self, name: str, args: tuple[Any, ...]) -> bool:
+    def _is_norm(self, part: str, args: tuple[Any, ...]) -> bool:
         mark = self._of(args[0])
-        raised = isinstance(mark, _Weights) if name == "sum" else isinstance(mark, _Scores)
-        return raised and len(args) > 1 and _is_last(args[1], args[0])
+        fits = isinstance(mark, _Weights) if part == "sum" else isinstance(mark, _Scores)
+        return fits and len(args) > 1 and _is_last(args[1], args[0])
 
     def _seen(self, weights: _Weights) -> None:
         if weights.sums is not None:
@@ -187,7 +194,7 @@ class Provenance:
             elif isinstance(a, list | tuple):
                 tensors += [t for t in a if isinstance(t, Tensor)]
         marks = [self._of(tensor) for tensor in tensors]
-        if tensors and not any(marks) and role.name not in FILLING:
+        if tensors and not any(marks) and role.part != "fill":
             return
         outputs = output if isinstance(output, list | tuple) else [output]
         outputs = [o for o in outputs if isinstance(o, Tensor) and o.is_floating_point()]
@@ -201,7 +208,7 @@ class Provenance:
                 break
             if isinstance(mark, _Scores | _Norm) and role.keeps and not isinstance(kept, _Scores):
                 kept = mark
-        if isinstance(kept, _Weights) and kept.width == 1 and role.name == "mul":
+        if isinstance(kept, _Weights) and kept.width == 1 and role.part == "mul":
             self._seen(kept)  # the product with the value of the only key
         if any(isinstance(mark, _Norm) for mark in marks):
             if isinstance(kept, _Scores):
@@ -221,7 +228,7 @@ class Provenance:
         outputs: Sequence[Tensor],
     ) -> None:
         """Mark what is made of parameters and constants alone, by whatever operator."""
-        filled = role.name in FILLING
+        filled = role.part == "fill"
         known = filled or all(
             isinstance(mark, _Parameter | _Constant) or tensor.numel() == 1
             for tensor, mark in zip(tensors, marks, strict=True)
@@ -240,28 +247,19 @@ class Provenance:
                 self._mark(output, None)
 
     def _of(self, tensor: Tensor) -> _Mark | None:
-        storage = _storage(tensor)
-        found = None if storage is None else self._marks.get(storage._cdata)
-        return None if found is None else found[1]
+        found = storage_of(tensor)
+        marked = None if found is None else self._marks.get(found[0])
+        return None if marked is None else marked[1]
 
     def _mark(self, tensor: Tensor, mark: _Mark | None) -> None:
-        storage = _storage(tensor)
-        if storage is None:
+        found = storage_of(tensor)
+        if found is None:
             return
+        address, storage = found
         if mark is None:
-            self._marks.pop(storage._cdata, None)
+            self._marks.pop(address, None)
         else:
-            self._marks[storage._cdata] = StorageWeakRef(storage), mark
-
-
-def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
-    # A parameter inside torch.func.grad or vmap is a wrapper, which the mode never sees.
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    try:
-        return tensor.untyped_storage()
-    except RuntimeError:  # a sparse tensor has none
-        return None
+            self._marks[address] = StorageWeakRef(storage), mark
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -228,7 +228,7 @@ def _on_single_keys(weights: Tensor, at: Tensor) -> dict[str, Tensor]:
 def merge(a: Tensor, b: Tensor) -> Tensor:
     """The accumulators of two parts of one map; per head where both have the same heads."""
     if a.shape != b.shape:
-        a, b = _over_heads(a), _over_heads(b)
+        a, b = _over_known_heads(a), _over_known_heads(b)
     added = len(Sums._fields)
     return torch.cat([a[:added] + b[:added], torch.maximum(a[added:], b[added:])])
 
@@ -238,6 +238,24 @@ def _over_heads(accumulators: Tensor) -> Tensor:
     return torch.cat(
         [accumulators[:added].sum(1, keepdim=True), accumulators[added:].amax(1, keepdim=True)]
     )
+
+
+def _over_known_heads(accumulators: Tensor) -> Tensor:
+    """As `_over_heads`, of the heads that `without_doubt` would keep; NaN if there are none."""
+    known = ~accumulators[0].isnan()
+    nothing = accumulators.new_zeros(len(accumulators), 1)
+    nothing[len(Sums._fields) :] = -torch.inf
+    over = _over_heads(torch.where(known, accumulators, nothing))
+    return torch.where(known.any(), over, torch.nan)
+
+
+def without_doubt(accumulators: Tensor) -> Tensor:
+    """The heads that were measured, from accumulators on the host; none if it was no attention.
+
+    Of an operator in no table, `capture/fused.py` tries what its arguments may mean. On a device
+    the heads of each meaning that proved wrong are NaN, and nothing else has NaN rows.
+    """
+    return accumulators[:, ~accumulators[0].isnan()]
 
 
 def finalize(accumulators: Tensor) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ class Figures:
         layers: module -> mean norm of its own parameters' gradients.
         attention: module -> statistic -> value.
         heads: module -> what its heads are judged by.
+        no_maps: what turned out to be no attention: to be warned of, by site and reason.
         uncertainty: kind -> mean.
         calibration: statistic -> value.
         chance: the calibration error that a model may have that is right as often as it says.
@@ -42,6 +43,7 @@ class Figures:
     skipped_steps: int | None = None
     attention: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     heads: Mapping[str, Sequence[Head]] = field(default_factory=dict)
+    no_maps: Sequence[tuple[str, str]] = ()
     uncertainty: Mapping[str, float] = field(default_factory=dict)
     calibration: Mapping[str, float] = field(default_factory=dict)
     chance: float = 0.0
@@ -68,6 +70,11 @@ def figures_of(readings: Readings, skips: Skips | None = None) -> Figures:
             norms, before_clip, ratios = {}, {}, {}
     norms = {name: norm for name, norm in norms.items() if not norm < 0}
     totals = gradients.totals(norms, before_clip, scale)
+    maps = dict(readings.attention)
+    for path in readings.doubts:
+        maps[path] = attention.without_doubt(maps[path])
+    no_maps = [doubt for path, doubt in readings.doubts.items() if not maps[path].numel()]
+    maps = {path: accumulators for path, accumulators in maps.items() if accumulators.numel()}
     summaries = {
         drawn.name: found.summary.tolist()
         for drawn, found in readings.histograms.items()
@@ -83,8 +90,9 @@ def figures_of(readings: Readings, skips: Skips | None = None) -> Figures:
         total_norm_before_clip=totals.before_clip,
         update_ratios=ratios,
         skipped_steps=skipped,
-        attention=attention.whole(readings.attention),
-        heads={path: attention.of_heads(sums) for path, sums in readings.attention.items()},
+        attention=attention.whole(maps),
+        heads={path: attention.of_heads(accumulators) for path, accumulators in maps.items()},
+        no_maps=no_maps,
         uncertainty={
             kind: float(sum_ / n) for kind, (sum_, n) in readings.uncertainty.items() if n
         },

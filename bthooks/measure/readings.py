@@ -49,6 +49,8 @@ class Readings:
     norms_before_clip: dict[str, Tensor] = field(default_factory=dict)  # parameter -> 0-d
     update_ratios: dict[str, Tensor] = field(default_factory=dict)  # parameter -> 0-d
     attention: dict[str, Tensor] = field(default_factory=dict)  # module -> its accumulators
+    # Of a map that may turn out to be none: what is to be warned of then, by site and reason.
+    doubts: dict[str, tuple[str, str]] = field(default_factory=dict)  # module ->
     histograms: dict[Drawn, Histogram] = field(default_factory=dict)
     samples: dict[Drawn, Tensor] = field(default_factory=dict)  # (n,), drawn as a histogram
     forwards: list[Forward] = field(default_factory=list)  # what was not finite in each
@@ -76,6 +78,7 @@ class Readings:
         self.norms |= other.norms
         self.norms_before_clip |= other.norms_before_clip
         self.update_ratios |= other.update_ratios
+        self.doubts |= other.doubts
         self.histograms |= other.histograms
         self.scaling = other.scaling or self.scaling
 

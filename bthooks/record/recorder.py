@@ -86,7 +86,7 @@ class Recorder:
                 if not pending.histograms:
                     readings.histograms, readings.samples = {}, {}
                 if not pending.scalars:
-                    readings.attention, readings.uncertainty = {}, {}
+                    readings.attention, readings.doubts, readings.uncertainty = {}, {}, {}
                 with self._losing(pending.step):
                     self._leaving.append((pending, Reading(readings)))
             while self._leaving:
@@ -128,6 +128,8 @@ class Recorder:
 
     def _write(self, pending: Pending, readings: Readings) -> None:
         figures = self._figures(readings)
+        for site, why in figures.no_maps:
+            self._ledger.warn_once(site, why)
         verdict = self.alerts.judge(figures, pending.step, pending.prefix)
         event = event_of_model(
             figures,

@@ -1,4 +1,5 @@
 import contextlib
+import types
 
 import pytest
 import torch
@@ -64,6 +65,23 @@ def test_a_root_that_attends_is_called_root(tmp_path):
     model, (x, _) = SelfAttention(), batch(0)
     found, *_ = observed(model, x, tmp_path)
     assert found == pytest.approx({"root": entropy(model.probabilities(x))}, abs=1e-4)
+
+
+def test_a_map_whose_module_is_not_found_is_said(tmp_path):
+    call = nn.Module._call_impl.__code__.replace(co_name="call_by_another_library")
+
+    class Called(SelfAttention):
+        __call__ = types.FunctionType(call, nn.Module._call_impl.__globals__)
+
+    model, (x, _) = Called(), batch(0)
+    with (
+        attach(model, tmp_path, every=1) as handle,
+        pytest.warns(RuntimeWarning, match="attention: torch .* is unknown"),
+        pytest.warns(RuntimeWarning, match="no call of a module of the model is on the Python"),
+    ):
+        model(x), model(x)
+    assert "attention of an unknown module" in handle.report().missed
+    assert not read(tmp_path).group("attention/entropy/", 0)
 
 
 def test_a_shared_module_has_its_first_path(tmp_path):

@@ -78,3 +78,10 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor as it is: for ATEN_CPU_CAPABILITY=default it makes code that does not compile."""
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    torch._dynamo.reset()

@@ -203,9 +203,9 @@ class Softmax(nn.Module):
         return (x @ x.mT).softmax(-1) @ x
 
 
+@pytest.mark.usefixtures("inductor")
 @pytest.mark.parametrize("kind", ["fused", "explicit"])
 def test_inductor_keeps_its_graph_and_what_it_fuses_away_is_said(kind, tmp_path):
-    torch._dynamo.reset()
     inner = Transformer().eval() if kind == "fused" else nn.Sequential(Softmax())
     model = torch.compile(inner)
     x, _ = batch(0)
@@ -234,8 +234,8 @@ def test_inductor_keeps_its_graph_and_what_it_fuses_away_is_said(kind, tmp_path)
         assert found == pytest.approx(truth, abs=1e-4)
 
 
+@pytest.mark.usefixtures("inductor")
 def test_a_compiled_module_without_a_map_is_named_beside_others(tmp_path):
-    torch._dynamo.reset()
     model = nn.Sequential(SelfAttention(), Softmax()).eval()
     model[1].compile(backend="inductor")
     with attach(model, tmp_path, every=1) as handle, torch.no_grad():

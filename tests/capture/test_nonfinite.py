@@ -406,6 +406,7 @@ def test_an_attribute_inplace_may_be_anything():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.usefixtures("inductor")
 @pytest.mark.parametrize("how", ["whole", "regional", "checkpointed", "autocast", "inference"])
 def test_in_any_kind_of_forward(how):
     middle = Breaking(BREAKS["nan"])

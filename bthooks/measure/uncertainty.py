@@ -94,9 +94,8 @@ def find_uncertainties(output: Any) -> dict[str, Tensor]:
     for kind, keys in KEYS.items():
         for key in keys:
             value = held_as(output, key)
-            if not isinstance(value, Tensor) or value.is_meta or value.is_complex():
-                continue
-            if value.numel():
+            is_real = isinstance(value, Tensor) and not (value.is_meta or value.is_complex())
+            if is_real and value.numel():
                 found[kind] = value
                 break
     return found
@@ -193,8 +192,8 @@ def _dropping(model: nn.Module, inputs: Any) -> Iterator[None]:
         if not is_lazy(buffer) and not buffer.is_inference()
     ]
     tensors = [*model.parameters(), *model.buffers(), *leaves_of(inputs)[0]]
-    devices = {t.device for t in tensors if isinstance(t, Tensor) and t.is_cuda}
-    with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
+    devices = {t.device.index for t in tensors if isinstance(t, Tensor) and t.is_cuda}
+    with torch.random.fork_rng(devices=sorted(devices)):
         try:
             for module in flags:
                 # Not train(), which models override.

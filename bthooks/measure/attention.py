@@ -41,7 +41,7 @@ class Columns(NamedTuple):
     dead: Tensor  # rows that see no key
 
 
-_MAXIMA = Columns._fields.index("rows")
+_MAXIMA = Columns._fields.index("rows")  # how many they are
 
 
 class Head(NamedTuple):
@@ -82,10 +82,7 @@ def attention_stats(weights: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def sums_of_weights(weights: Tensor, rows: int | None = None) -> Tensor:
-    """The accumulators of one map from its weights `(..., heads, query, key)`.
-
-    `rows` as in `sums_of_query_key`.
-    """
+    """The accumulators of one map from its weights `(..., heads, query, key)`."""
     weights = _with_heads(weights)
     row_size = weights[:, :, 0].numel()
     blocks: list[Tensor] = []
@@ -134,7 +131,7 @@ def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | Non
     A key counts as hidden where its score is 5e3 or more below the largest of its row. A row sees
     no key where all its scores are -1e4 or below and equal: the mask that was added was so large
     that nothing is left of their differences. Columns outside `keys` are sinks: they take their
-    share of the softmax and are no keys. `rows` as in `sums_of_query_key`.
+    share of the softmax and are no keys.
     """
     if scores.is_nested:
         return reduce(merge, (sums_of_scores(one[None], rows=rows) for one in scores.unbind()))
@@ -242,16 +239,19 @@ def _accumulators(
 def merge(a: Tensor, b: Tensor) -> Tensor:
     """The accumulators of two parts of one map; per head where both have the same heads."""
     if a.shape != b.shape:
-        a, b = _over_heads(a), _over_heads(b)
+        a, b = _over_known_heads(a), _over_known_heads(b)
     return torch.cat([torch.maximum(a[:_MAXIMA], b[:_MAXIMA]), a[_MAXIMA:] + b[_MAXIMA:]])
 
 
-def _over_heads(accumulators: Tensor) -> Tensor:
-    """Those of the heads that `without_doubt` would keep, as of one; NaN if there are none."""
-    known = ~Columns(*accumulators).rows.isnan()
-    largest = torch.where(known, accumulators[:_MAXIMA], -torch.inf).amax(1, keepdim=True)
-    added = torch.where(known, accumulators[_MAXIMA:], 0).sum(1, keepdim=True)
-    return torch.where(known.any(), torch.cat([largest, added]), torch.nan)
+def _over_heads(a: Tensor) -> Tensor:
+    return torch.cat([a[:_MAXIMA].amax(1, keepdim=True), a[_MAXIMA:].sum(1, keepdim=True)])
+
+
+def _over_known_heads(a: Tensor) -> Tensor:
+    """As `_over_heads`, of the heads that `without_doubt` would keep; NaN if there are none."""
+    known = ~a[_MAXIMA].isnan()
+    maxima, sums = torch.where(known, a[:_MAXIMA], -torch.inf), torch.where(known, a[_MAXIMA:], 0)
+    return torch.where(known.any(), _over_heads(torch.cat([maxima, sums])), torch.nan)
 
 
 def without_doubt(accumulators: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ def without_doubt(accumulators: Tensor) -> Tensor:
     Of an operator in no table, `capture/fused.py` tries what its arguments may mean. On a device
     the heads of each meaning that proved wrong are NaN, and nothing else has NaN rows.
     """
-    return accumulators[:, ~Columns(*accumulators).rows.isnan()]
+    return accumulators[:, ~accumulators[_MAXIMA].isnan()]
 
 
 def finalize(accumulators: Tensor) -> dict[str, Tensor]:
@@ -295,13 +295,12 @@ def whole(maps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
         "entropy_normalized": sums.branching > 0,
         "max_logit": sums.logit_max != -torch.inf,
     }
-    found: dict[str, dict[str, float]] = {path: {} for path in maps}
-    for name, values in finalize(accumulators).items():
-        known = measured.get(name, is_seen).tolist()
-        for path, value, is_known in zip(maps, values.tolist(), known, strict=True):
-            if is_known:
-                found[path][name] = value
-    return found
+    statistics = {name: values.tolist() for name, values in finalize(accumulators).items()}
+    known = {name: measured.get(name, is_seen).tolist() for name in statistics}
+    return {
+        path: {name: values[at] for name, values in statistics.items() if known[name][at]}
+        for at, path in enumerate(maps)
+    }
 
 
 def of_heads(accumulators: Tensor) -> list[Head]:

@@ -43,11 +43,7 @@ class Figures:
 
 
 def figures_of(readings: Readings, skips: Skips | None = None) -> Figures:
-    """The figures that `readings`, which are on the host, amount to.
-
-    Args:
-        skips: counts the steps that a loss scaler skipped.
-    """
+    """The figures that `readings`, which are on the host, amount to."""
     norms = {name: float(norm) for name, norm in readings.norms.items() if not norm < 0}
     before_clip = [float(norm) for norm in readings.norms_before_clip.values()]
     ratios = {name: float(ratio) for name, ratio in readings.update_ratios.items()}
@@ -62,7 +58,9 @@ def figures_of(readings: Readings, skips: Skips | None = None) -> Figures:
     for name, norm in norms.items():
         layers.setdefault(name.rpartition(".")[0] or "root", []).append(norm)
     total = math.hypot(*norms.values()) if norms else None
-    maps = {path: attention.without_doubt(sums) for path, sums in readings.attention.items()}
+    maps = dict(readings.attention)
+    for path in readings.doubts:
+        maps[path] = attention.without_doubt(maps[path])
     maps = {path: sums for path, sums in maps.items() if sums.numel()}
     activations = {}
     for (group, name), found in readings.histograms.items():

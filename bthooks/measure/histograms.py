@@ -84,10 +84,7 @@ def histogram(tensor: Tensor) -> Histogram:
 
 
 def raw(hist: Histogram) -> dict[str, Any] | None:
-    """The keyword arguments of `add_histogram_raw`, from tensors on the host; None if num is 0.
-
-    An empty bucket is kept only where it is the left edge of an occupied one.
-    """
+    """The keyword arguments of `add_histogram_raw`, from tensors on the host; None if num is 0."""
     low, high, num, total, squares, _ = hist.summary.tolist()
     if not num:
         return None
@@ -95,7 +92,7 @@ def raw(hist: Histogram) -> dict[str, Any] | None:
     kept: list[tuple[float, int]] = []
     last = None
     for limit, count, following in zip(limits, counts, [*counts[1:], 0], strict=True):
-        if count or (following and limit != last):
+        if count or (following and limit != last):  # the left edge of an occupied one
             kept.append((last := limit, count))
     return {
         "min": low,

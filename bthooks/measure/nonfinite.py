@@ -1,8 +1,7 @@
 """Non-finite values: which module of a forward was the first to make one, and of what. Pure.
 
 In: min and max of what each call of a module was given and returned, on their devices: two numbers
-tell, and no wait. Out: once they are on the host, the module, and whether the cause is its own
-parameters or the data.
+tell, and no wait. Out, on the host: the module, and whether its own parameters or the data did it.
 """
 
 import math
@@ -71,10 +70,7 @@ class Forward:
         return Forward(calls, owned, self.compiled)
 
     def fault(self) -> Fault | None:
-        """The first module whose output is not finite while its inputs are.
-
-        None where the model returned finite values, whatever happened on the way.
-        """
+        """What went wrong first; None where the model returned finite values all the same."""
         is_fault, is_nan = Extremes.is_fault, Extremes.is_nan
         if not self.calls or not any(map(is_fault, self.calls[-1].made)):
             return None
@@ -98,7 +94,7 @@ def extremes(tensor: Tensor) -> Extremes:
 
 def _owner(name: str, called: Collection[str]) -> str:
     """The innermost module above a parameter that was called."""
-    path = name.rpartition(".")[0]
-    while path and path not in called:
-        path = path.rpartition(".")[0]
-    return path or "root"
+    while name := name.rpartition(".")[0]:
+        if name in called:
+            return name
+    return "root"

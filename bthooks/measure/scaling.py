@@ -19,7 +19,7 @@ class Scaling(NamedTuple):
     """The state of a scaler at one optimizer step."""
 
     state: Tensor  # (3,): scale, clean steps since it grew or shrank, whether this one overflowed
-    steps: int  # of the optimizer, before this one
+    steps: int  # the optimizer steps before this one
     initial: float  # this and what follows as `torch.amp.GradScaler` has it
     growth: float
     backoff: float

@@ -46,10 +46,9 @@ def score_blocks(
         None where that is not known.
     """
     batch, heads, length, width = query.shape
-    keys = key.shape[-2]
+    _, key_heads, keys, _ = key.shape
     dtype = widened(query.dtype)
     scale = width**-0.5 if scale is None else scale
-    key_heads = key.shape[1]
     # (B, Hk, d, S); a view into (query, key, value) is twice as slow
     k = key.to(dtype).contiguous().transpose(-1, -2)
     if mask is not None:

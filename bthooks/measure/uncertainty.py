@@ -82,10 +82,7 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def find_uncertainties(output: Any) -> dict[str, Tensor]:
-    """The real tensors in `output` under one of `KEYS`, by kind.
-
-    Args:
-        output: a dict, or anything with attributes: a dataclass, a named tuple, an object.
+    """The real tensors that `output`, a dict or an object, holds under one of `KEYS`, by kind.
 
     >>> find_uncertainties({"logits": torch.zeros(2), "epistemic": torch.ones(2)})
     {'epistemic': tensor([1., 1.])}

@@ -2,7 +2,7 @@
 
 In: `weights (batch, heads, query, key)`, or `query`, `key` and the mask as the kernel saw them.
 Between: accumulators, which merge over query rows, batches and calls. They are one tensor per map,
-so that a map costs one copy to the host or to another rank; `Sums` and `Maxima` name its columns.
+`(columns, heads)`, so that a map costs one copy to the host or to another rank.
 Out: one value per statistic, per head or for the whole map.
 """
 
@@ -21,9 +21,12 @@ from .scores import BLOCKED, row_blocks, score_blocks, seen, take
 _FAR = -5e3  # a score that far below the largest of its row is one that was hidden
 
 
-class Sums(NamedTuple):
-    """The accumulators that add up, `(heads,)` each; all but `dead` of those that see a key."""
+class Columns(NamedTuple):
+    """The accumulators, `(heads,)` each; all but `dead` are of the query rows that see a key."""
 
+    # Of these the largest is kept, -inf where none is known; those below add up.
+    weight_max: Tensor
+    logit_max: Tensor  # attention score
     rows: Tensor  # query rows
     keys: Tensor  # that a row sees
     branching: Tensor  # rows that see two keys or more
@@ -38,11 +41,7 @@ class Sums(NamedTuple):
     dead: Tensor  # rows that see no key
 
 
-class Maxima(NamedTuple):
-    """The accumulators of which the largest is kept, `(heads,)` each; -inf where none is known."""
-
-    weight: Tensor
-    logit: Tensor  # attention score
+_MAXIMA = Columns._fields.index("rows")  # how many they are
 
 
 class Head(NamedTuple):
@@ -51,12 +50,6 @@ class Head(NamedTuple):
     entropy: float  # nats
     keys: float  # that a row sees
     neighbour: float  # weight on the key before the row's own place, or behind it if that is more
-
-
-def named(accumulators: Tensor) -> tuple[Sums, Maxima]:
-    """The columns of the accumulators of a map, `(columns, heads)`."""
-    columns = accumulators.unbind()
-    return Sums(*columns[: len(Sums._fields)]), Maxima(*columns[len(Sums._fields) :])
 
 
 def attention_stats(weights: Tensor) -> dict[str, Tensor]:
@@ -89,26 +82,22 @@ def attention_stats(weights: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def sums_of_weights(weights: Tensor, rows: int | None = None) -> Tensor:
-    """The accumulators of one map from its weights `(..., heads, query, key)`.
-
-    `rows` as in `sums_of_query_key`.
-    """
+    """The accumulators of one map from its weights `(..., heads, query, key)`."""
     weights = _with_heads(weights)
     row_size = weights[:, :, 0].numel()
     blocks: list[Tensor] = []
     for at, _ in row_blocks(weights.shape[-2], rows, row_size, weights.device):
         w = take(weights, at).to(widened(weights.dtype))
-        alive = w.sum(-1) > 0  # (B, H, r); False for NaN too
-        w = torch.where(alive[..., None], w, 0)
+        w = torch.where(w.sum(-1, keepdim=True) > 0, w, 0)  # (B, H, r, S); 0 instead of NaN too
         block = _accumulators(
-            seen(torch.where(w > 0, 0, -torch.inf)),
-            w.shape[-1],
-            largest=w.amax(-1),
-            logit=torch.full_like(w[..., 0], -torch.inf),
+            w,
+            at,
+            visible=torch.gt(w, 0, out=torch.empty_like(w)).sum(-1),
+            width=w.shape[-1],
             entropy=torch.special.entr(w).sum(-1),
             weight=w.sum(-1),
-            squares=w.square().sum(-1),
-            **_on_single_keys(w, at),
+            weight_max=w.amax(-1),
+            logit_max=torch.full_like(w[..., 0], -torch.inf),
         )
         blocks.append(block)
     return reduce(merge, blocks)
@@ -128,15 +117,11 @@ def sums_of_query_key(
     """
     if query.is_nested:
         pairs = zip(query.unbind(), key.unbind(), strict=True)
-        return reduce(
-            merge,
-            (sums_of_query_key(q[None], k[None], rows=rows, **arguments) for q, k in pairs),
-        )
-    blocks = score_blocks(query, key, rows=rows, **arguments)
+        samples = (sums_of_query_key(q[None], k[None], rows=rows, **arguments) for q, k in pairs)
+        return reduce(merge, samples)
     width = key.shape[-2]
-    return reduce(
-        merge, (_sums_of_block(scores, at, visible, width=width) for at, scores, visible in blocks)
-    )
+    blocks = score_blocks(query, key, rows=rows, **arguments)
+    return reduce(merge, (_sums_of_block(z, at, visible, width=width) for at, z, visible in blocks))
 
 
 @torch.no_grad()
@@ -146,28 +131,21 @@ def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | Non
     A key counts as hidden where its score is 5e3 or more below the largest of its row. A row sees
     no key where all its scores are -1e4 or below and equal: the mask that was added was so large
     that nothing is left of their differences. Columns outside `keys` are sinks: they take their
-    share of the softmax and are no keys. `rows` as in `sums_of_query_key`.
+    share of the softmax and are no keys.
     """
     if scores.is_nested:
-        return reduce(
-            merge, (sums_of_scores(sample[None], rows=rows) for sample in scores.unbind())
-        )
+        return reduce(merge, (sums_of_scores(one[None], rows=rows) for one in scores.unbind()))
     scores = _with_heads(scores)
-    batch, heads, length, columns = scores.shape
+    row_size = scores[:, :, 0].numel()
     blocks: list[Tensor] = []
-    for at, _ in row_blocks(length, rows, batch * heads * columns, scores.device):
+    for at, _ in row_blocks(scores.shape[-2], rows, row_size, scores.device):
         block = scores.index_select(-2, at).to(widened(scores.dtype))  # (B, H, r, S)
-        blocks.append(_sums_of_block(_without_dead(block), at, keys=keys))
+        top, low = block.amax(-1, keepdim=True), block.amin(-1, keepdim=True)
+        # Scores beside -65504, float16's min, may differ by 5e-4 of it; beside others by nothing.
+        swallowed = torch.where(top <= -6e4, 1e-3 * top.abs(), 0)
+        block.masked_fill_((top <= BLOCKED) & (top - low <= swallowed), -torch.inf)
+        blocks.append(_sums_of_block(block, at, keys=keys))
     return reduce(merge, blocks)
-
-
-def _without_dead(scores: Tensor) -> Tensor:
-    """The scores, overwritten: all -inf where a row sees no key."""
-    top, low = scores.amax(-1, keepdim=True), scores.amin(-1, keepdim=True)
-    # Scores beside -65504, float16's min, may still differ by 5e-4 of it; beside others by nothing.
-    swallowed = torch.where(top <= -6e4, 1e-3 * top.abs(), 0)
-    dead = (top <= BLOCKED) & (top - low <= swallowed)
-    return scores.masked_fill_(dead, -torch.inf)
 
 
 def _with_heads(values: Tensor) -> Tensor:
@@ -188,10 +166,8 @@ def _sums_of_block(
 
     Args:
         scores: -inf where a key is not seen.
-        at: which rows of the map these are.
-        visible: how many keys each row sees; counted if it is not known.
+        at, visible, width: as for `_accumulators`; what is not known is counted.
         keys: the columns that are keys, if not all are.
-        width: the number of keys, if it is not that of these columns.
     """
     top = scores.amax(-1, keepdim=True)  # (B, H, r, 1)
     z = scores.sub_(top.clamp(min=torch.finfo(top.dtype).min))  # in a dead row too
@@ -207,46 +183,75 @@ def _sums_of_block(
     # log Z - E[z] with z = score - max: no cancellation of large scores, as lse - E[score] has.
     entropy = weight * log_norm - z.clamp_(min=-1e4).mul_(p).sum(-1)
     return _accumulators(
-        visible,
-        width or z.shape[-1],
-        largest=largest,
-        logit=logit,
+        p,
+        at,
+        visible=visible,
+        width=width or p.shape[-1],
         entropy=entropy.clamp_(min=0),
         weight=weight,
-        squares=torch.linalg.vector_norm(p, dim=-1).square(),
-        **_on_single_keys(p, at),
+        weight_max=largest,
+        logit_max=logit,
     )
 
 
-def _on_single_keys(weights: Tensor, at: Tensor) -> dict[str, Tensor]:
-    """Columns of `Sums`: of the rows `at`, which at an end have their own key for a neighbour."""
+def _accumulators(
+    weights: Tensor, at: Tensor, *, visible: Tensor, width: int, **of_rows: Tensor
+) -> Tensor:
+    """The accumulators of the weights `(batch, heads, rows, key)`.
+
+    Args:
+        at: which rows of the map these are.
+        visible: how many keys each row sees, 0 in dead rows; broadcasts to the others.
+        width: the number of keys, also of those that none of these rows sees.
+        of_rows: of each row, `(batch, heads, rows)`: `entropy`, `weight` and the maxima.
+    """
+    # A row at an end of the map has its own key for a neighbour.
     near = torch.stack([at - 1, at + 1], dim=-1).clamp(0, weights.shape[-1] - 1)  # (r, 2)
     before, behind = weights.gather(-1, near.expand(*weights.shape[:-1], 2)).unbind(-1)
-    return {"first": weights[..., 0], "before": before, "behind": behind}
+    visible = visible[(None,) * (3 - visible.dim())]
+    alive, branching = visible > 0, visible > 1
+    share = torch.where(branching, visible.clamp(min=2).log().reciprocal(), 0)
+    of_rows |= {
+        "normalized": of_rows["entropy"] * share,
+        "squares": torch.linalg.vector_norm(weights, dim=-1).square(),
+        "first": weights[..., 0],
+        "before": before,
+        "behind": behind,
+    }
+    maxima = torch.stack([of_rows.pop("weight_max"), of_rows.pop("logit_max")])
+    weight_max, logit_max = torch.where(alive, maxima, -torch.inf).amax((1, 3))  # (H,) each
+    sums = torch.where(alive, torch.stack([*of_rows.values()]), 0).sum((1, 3))  # (columns, H)
+    counts = torch.stack([alive, visible, branching]).expand(3, *before.shape)
+    rows, keys, branching = counts.sum((1, 3), dtype=sums.dtype)
+    columns = Columns(
+        weight_max=weight_max,
+        logit_max=logit_max,
+        rows=rows,
+        keys=keys,
+        branching=branching,
+        cells=rows * width,
+        dead=len(weights) * len(at) - rows,
+        **dict(zip(of_rows, sums, strict=True)),
+    )
+    return torch.stack(columns)
 
 
 def merge(a: Tensor, b: Tensor) -> Tensor:
     """The accumulators of two parts of one map; per head where both have the same heads."""
     if a.shape != b.shape:
         a, b = _over_known_heads(a), _over_known_heads(b)
-    added = len(Sums._fields)
-    return torch.cat([a[:added] + b[:added], torch.maximum(a[added:], b[added:])])
+    return torch.cat([torch.maximum(a[:_MAXIMA], b[:_MAXIMA]), a[_MAXIMA:] + b[_MAXIMA:]])
 
 
-def _over_heads(accumulators: Tensor) -> Tensor:
-    added = len(Sums._fields)
-    return torch.cat(
-        [accumulators[:added].sum(1, keepdim=True), accumulators[added:].amax(1, keepdim=True)]
-    )
+def _over_heads(a: Tensor) -> Tensor:
+    return torch.cat([a[:_MAXIMA].amax(1, keepdim=True), a[_MAXIMA:].sum(1, keepdim=True)])
 
 
-def _over_known_heads(accumulators: Tensor) -> Tensor:
+def _over_known_heads(a: Tensor) -> Tensor:
     """As `_over_heads`, of the heads that `without_doubt` would keep; NaN if there are none."""
-    known = ~accumulators[0].isnan()
-    nothing = accumulators.new_zeros(len(accumulators), 1)
-    nothing[len(Sums._fields) :] = -torch.inf
-    over = _over_heads(torch.where(known, accumulators, nothing))
-    return torch.where(known.any(), over, torch.nan)
+    known = ~a[_MAXIMA].isnan()
+    maxima, sums = torch.where(known, a[:_MAXIMA], -torch.inf), torch.where(known, a[_MAXIMA:], 0)
+    return torch.where(known.any(), _over_heads(torch.cat([maxima, sums])), torch.nan)
 
 
 def without_doubt(accumulators: Tensor) -> Tensor:
@@ -255,21 +260,20 @@ def without_doubt(accumulators: Tensor) -> Tensor:
     Of an operator in no table, `capture/fused.py` tries what its arguments may mean. On a device
     the heads of each meaning that proved wrong are NaN, and nothing else has NaN rows.
     """
-    return accumulators[:, ~accumulators[0].isnan()]
+    return accumulators[:, ~accumulators[_MAXIMA].isnan()]
 
 
 def finalize(accumulators: Tensor) -> dict[str, Tensor]:
-    """The statistics of a map, each `(heads,)`; NaN where nothing was seen."""
-    sums, maxima = named(accumulators)
+    """The statistics of a map, each `(heads,)`; no finite number where nothing was seen."""
+    sums = Columns(*accumulators)
     variance = (sums.squares - sums.weight.square() / sums.cells) / (sums.cells - 1).clamp(min=1)
-    nothing = torch.where(sums.rows > 0, 0.0, torch.nan)
     return {
         "entropy": sums.entropy / sums.rows,
         "entropy_normalized": sums.normalized / sums.branching,
         "weight_mean": sums.weight / sums.cells,
         "weight_std": variance.clamp(min=0).sqrt(),
-        "weight_max": maxima.weight + nothing,
-        "max_logit": maxima.logit + nothing,
+        "weight_max": torch.where(sums.rows > 0, sums.weight_max, torch.nan),
+        "max_logit": sums.logit_max,
         "sink": sums.first / sums.rows,
         "dead_rows": sums.dead / (sums.rows + sums.dead),
     }
@@ -281,57 +285,27 @@ def whole(maps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     A statistic without a measurement is left out: of a map in which no row sees a key, or two keys
     (`entropy_normalized`), or of which only the weights are known (`max_logit`).
     """
-    found: dict[str, dict[str, float]] = {path: {} for path in maps}
     if not maps:
-        return found
+        return {}
     accumulators = torch.cat([_over_heads(of_map) for of_map in maps.values()], dim=1)
-    sums, maxima = named(accumulators)  # (maps,) each
+    sums = Columns(*accumulators)  # (maps,) each
     is_seen = sums.rows > 0
     measured = {
         "dead_rows": torch.ones_like(is_seen),
         "entropy_normalized": sums.branching > 0,
-        "max_logit": is_seen & (maxima.logit != -torch.inf),
+        "max_logit": sums.logit_max != -torch.inf,
     }
-    for name, values in finalize(accumulators).items():
-        known = measured.get(name, is_seen).tolist()
-        for path, value, is_known in zip(maps, values.tolist(), known, strict=True):
-            if is_known:
-                found[path][name] = value
-    return found
+    statistics = {name: values.tolist() for name, values in finalize(accumulators).items()}
+    known = {name: measured.get(name, is_seen).tolist() for name in statistics}
+    return {
+        path: {name: values[at] for name, values in statistics.items() if known[name][at]}
+        for at, path in enumerate(maps)
+    }
 
 
 def of_heads(accumulators: Tensor) -> list[Head]:
     """What each head of a map is judged by, from its accumulators on the host."""
-    sums, _ = named(accumulators)
+    sums = Columns(*accumulators)
     neighbour = torch.maximum(sums.before, sums.behind)
-    means = (value / sums.rows for value in (sums.entropy, sums.keys, neighbour))
-    return [Head(*head) for head in zip(*(mean.tolist() for mean in means), strict=True)]
-
-
-def _accumulators(
-    visible: Tensor, keys: int, *, largest: Tensor, logit: Tensor, **columns: Tensor
-) -> Tensor:
-    """The accumulators over batch and rows of what each query row has, `(batch, heads, rows)`.
-
-    Args:
-        visible: how many of the `keys` it sees, 0 in dead rows; broadcasts to the others.
-        largest, logit: its largest weight and score.
-        columns: what else it adds to `Sums`.
-    """
-    visible = visible[(None,) * (3 - visible.dim())]
-    alive, branching = visible > 0, visible > 1
-    share = torch.where(branching, visible.clamp(min=2).log().reciprocal(), 0)
-    columns["normalized"] = columns["entropy"] * share
-    added = torch.where(alive, torch.stack([*columns.values()]), 0).sum((1, 3))  # (columns, H)
-    counts = torch.stack([alive, visible, branching]).expand(3, *largest.shape)
-    rows, seen_, branching = counts.sum((1, 3), dtype=added.dtype).unbind()  # (H,) each
-    sums = Sums(
-        rows=rows,
-        keys=seen_,
-        branching=branching,
-        cells=rows * keys,
-        dead=torch.rsub(rows, len(largest) * largest.shape[-1]),  # all rows - rows
-        **dict(zip(columns, added.unbind(), strict=True)),
-    )
-    maxima = torch.where(alive, torch.stack([largest, logit]), -torch.inf).amax((1, 3))
-    return torch.stack([*sums, *Maxima(*maxima.unbind())])
+    means = torch.stack([sums.entropy, sums.keys, neighbour]) / sums.rows
+    return [Head(*head) for head in means.T.tolist()]

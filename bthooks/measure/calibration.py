@@ -120,20 +120,11 @@ def error_by_chance(bins: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ranking_stats(uncertainty: Tensor, probabilities: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Whether the model is unsure where it is wrong, as 0-d tensors.
+    """Whether the model is unsure where it is wrong, as `log_calibration` takes and names it.
 
-    Args:
-        uncertainty: `(batch)`, larger where less sure, in any unit.
-        probabilities, targets: as for `calibration_stats`.
-
-    | name | what |
-    | --- | --- |
-    | `auroc` | probability that a wrong one is less sure than a right one; 0.5 is chance |
-    | `spearman` | rank correlation with -log p(true class) |
-    | `aurc` | risk-coverage area: error rate of the k surest, mean over all k |
-
-    Ties count half, and share their mean rank and risk. `auroc` is NaN where all are right or all
-    wrong. The area is that of Geifman and El-Yaniv (2017).
+    `auroc` is the probability that a wrong one is less sure than a right one, NaN where all are
+    right or all wrong; `aurc`, of Geifman and El-Yaniv (2017), the error rate of the k surest, mean
+    over all k. Ties count half, and share their mean rank and risk.
     """
     p = probabilities.detach().flatten(0, -2)
     wide = widest(p.device)

@@ -1,12 +1,9 @@
-"""Gradients: norms per parameter, per layer and in total; update ratios. Pure.
+"""Gradients: norms and update ratios. Pure.
 
-In: tensors by parameter name. Out: 0-d float32 tensors by parameter name, on their devices;
-from these, once they are on the host, the figures per layer and in total.
+In: tensors by parameter name. Out: 0-d float32 tensors by parameter name, on their devices.
 """
 
-import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +29,9 @@ def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
     >>> gradient_norms(layer)
     {'weight': tensor(5.)}
     """
-    names = parameter_names(model)
-    found = norms({name: p.grad for p, name in names.items() if p.grad is not None})
-    (found,) = whole_norms({name: p for p, name in names.items()}, [found])
-    return found
+    parameters = {name: p for p, name in parameter_names(model).items()}
+    found = norms({name: p.grad for name, p in parameters.items() if p.grad is not None})
+    return whole_norms(parameters, [found])[0]
 
 
 @torch.no_grad()
@@ -69,59 +65,11 @@ def ratios(change: Mapping[str, Tensor], size: Mapping[str, Tensor]) -> dict[str
     return {name: change[name] / size[name] for name in size}
 
 
-class Totals(NamedTuple):
-    """What the norms of single parameters amount to, L2.
-
-    Attributes:
-        total_norm: over all; None without any gradient.
-        before_clip: the same before clipping. None where the loss seems to have been scaled by
-            other than its `scale`.
-        layers: module -> mean of its own parameters' norms.
-    """
-
-    total_norm: float | None = None
-    before_clip: float | None = None
-    layers: Mapping[str, float] = {}
-
-
-def totals(
-    norms: Mapping[str, float], before_clip: Mapping[str, float] | None = None, scale: float = 1.0
-) -> Totals:
-    """The totals of norms on the host.
-
-    Args:
-        norms, before_clip: by parameter name; those below 0 are of parameters without a gradient.
-        scale: what the loss was multiplied with.
-
-    >>> totals({"a.weight": 3.0, "a.bias": 4.0})
-    Totals(total_norm=5.0, before_clip=None, layers={'a': 3.5})
-    """
-    layers: dict[str, list[float]] = {}
-    for name, norm in norms.items():
-        if not norm < 0:
-            layers.setdefault(name.rpartition(".")[0] or "root", []).append(norm)
-    if not layers:
-        return Totals()
-    total = math.hypot(*(norm for own in layers.values() for norm in own))
-    before = math.hypot(*(norm for norm in (before_clip or {}).values() if not norm < 0)) / scale
-    is_known = before_clip and not _is_scaled(before, total)
-    means = {layer: sum(own) / len(own) for layer, own in layers.items()}
-    return Totals(total, before if is_known else None, means)
-
-
-def _is_scaled(unclipped: float, applied: float) -> bool:
-    """Whether a total norm shrank by a power of two, as by a loss scale; clipping never does."""
-    if not (0 < applied < unclipped < math.inf):
-        return False
-    power = math.log2(unclipped / applied)
-    return power > 0.5 and abs(power - round(power)) < 1e-5
-
-
 def _first_stage(tensor: Tensor) -> Tensor:
     """The norms of a tensor's rows of 1024, and the elements that are left over."""
     wide = widened(tensor.dtype)
     flat = tensor.reshape(-1)
-    rest = flat.numel() % _ROW
-    whole, left_over = flat.split([len(flat) - rest, rest]) if rest else (flat, None)
-    rows = torch.linalg.vector_norm(whole.view(-1, _ROW), dim=-1, dtype=wide)
-    return rows if left_over is None else torch.cat([rows, left_over.to(wide)])
+    rest = len(flat) % _ROW
+    rows = flat[: len(flat) - rest].view(-1, _ROW)
+    of_rows = torch.linalg.vector_norm(rows, dim=-1, dtype=wide)
+    return torch.cat([of_rows, flat[-rest:].to(wide)]) if rest else of_rows

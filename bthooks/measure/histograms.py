@@ -11,7 +11,7 @@ the buckets are picked from these by mass and by width.
 import math
 from collections.abc import Iterable, Sequence
 from functools import reduce
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,18 +34,6 @@ class Histogram(NamedTuple):
     limits: Tensor  # (B,) right edges, non-decreasing, float64 (float32 on mps)
     counts: Tensor  # (B,) finite values in each, int64
     summary: Tensor  # (6,) min, max, num, sum, sum_squares, nonfinite; dtype of limits
-
-
-class RawHistogram(TypedDict):
-    """The keyword arguments of `SummaryWriter.add_histogram_raw`."""
-
-    min: float
-    max: float
-    num: int
-    sum: float
-    sum_squares: float
-    bucket_limits: list[float]
-    bucket_counts: list[int]
 
 
 @torch.no_grad()
@@ -95,11 +83,8 @@ def histogram(tensor: Tensor) -> Histogram:
     return Histogram(_numbers(keys).to(wide), counts, summary)
 
 
-def raw(hist: Histogram) -> RawHistogram | None:
-    """The keyword arguments of `add_histogram_raw`, from tensors on the host; None if num is 0.
-
-    An empty bucket is kept only where it is the left edge of an occupied one.
-    """
+def raw(hist: Histogram) -> dict[str, Any] | None:
+    """The keyword arguments of `add_histogram_raw`, from tensors on the host; None if num is 0."""
     low, high, num, total, squares, _ = hist.summary.tolist()
     if not num:
         return None
@@ -107,17 +92,17 @@ def raw(hist: Histogram) -> RawHistogram | None:
     kept: list[tuple[float, int]] = []
     last = None
     for limit, count, following in zip(limits, counts, [*counts[1:], 0], strict=True):
-        if count or (following and limit != last):
+        if count or (following and limit != last):  # the left edge of an occupied one
             kept.append((last := limit, count))
-    return RawHistogram(
-        min=low,
-        max=high,
-        num=int(num),
-        sum=total,
-        sum_squares=squares,
-        bucket_limits=[limit for limit, _ in kept],
-        bucket_counts=[count for _, count in kept],
-    )
+    return {
+        "min": low,
+        "max": high,
+        "num": int(num),
+        "sum": total,
+        "sum_squares": squares,
+        "bucket_limits": [limit for limit, _ in kept],
+        "bucket_counts": [count for _, count in kept],
+    }
 
 
 def _float(values: Tensor, instead: float) -> Tensor:

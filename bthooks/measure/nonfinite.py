@@ -1,8 +1,7 @@
 """Non-finite values: which module of a forward was the first to make one, and of what. Pure.
 
 In: min and max of what each call of a module was given and returned, on their devices: two numbers
-tell, and no wait. Out: once they are on the host, the module, and whether the cause is its own
-parameters or the data.
+tell, and no wait. Out, on the host: the module, and whether its own parameters or the data did it.
 """
 
 import math
@@ -31,48 +30,34 @@ class Extremes(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call of a module.
-
-    Attributes:
-        path: of the module.
-        given, made: of its arguments, as they were before it ran, and of what it returned.
-    """
+    """A call of a module."""
 
     path: str
-    given: list[Extremes]
-    made: list[Extremes]
+    given: list[Extremes]  # of its arguments, as they were before it ran
+    made: list[Extremes]  # of what it returned
+
+    def began(self, is_bad: Callable[[Extremes], bool]) -> bool:
+        """Whether it made such values, and was given none."""
+        return any(map(is_bad, self.made)) and not any(map(is_bad, self.given))
 
 
 class Fault(NamedTuple):
-    """The first module whose output is not finite.
-
-    Attributes:
-        path: of the module.
-        names: of its own parameters and buffers that are not finite.
-        given: of its arguments: "finite", "masked" (some are -inf) or "not finite".
-        compiled: the modules in it that are compiled, and were not looked into.
-    """
+    """The first module whose output is not finite."""
 
     path: str
-    names: tuple[str, ...]
-    given: str
-    compiled: tuple[str, ...]
+    names: tuple[str, ...]  # of its own parameters and buffers that are not finite
+    given: str  # its arguments are "finite", "masked" (some are -inf) or "not finite"
+    compiled: tuple[str, ...]  # modules in it, which were not looked into
 
 
 @dataclass
 class Forward:
-    """What the modules made in one forward.
+    """What the modules made in one forward."""
 
-    Attributes:
-        calls: in the order in which they ended, that of the model last; none where what it
-            returned was seen to be finite.
-        owned: parameter or buffer name -> its extremes.
-        compiled: the paths of the modules that are compiled.
-    """
-
+    # As they ended, that of the model last; none where what it returned was seen to be finite.
     calls: list[Call] = field(default_factory=list)
-    owned: dict[str, Extremes] = field(default_factory=dict)
-    compiled: list[str] = field(default_factory=list)
+    owned: dict[str, Extremes] = field(default_factory=dict)  # by parameter or buffer name
+    compiled: list[str] = field(default_factory=list)  # paths of modules
 
     def mapped(self, function: Callable[[Tensor], Any]) -> "Forward":
         """The same with `function` of each tensor in it."""
@@ -85,23 +70,18 @@ class Forward:
         return Forward(calls, owned, self.compiled)
 
     def fault(self) -> Fault | None:
-        """The first module whose output is not finite while its inputs are.
-
-        None where the model returned finite values, whatever happened on the way.
-        """
-        if not self.calls or not _any_fault(self.calls[-1].made):
+        """What went wrong first; None where the model returned finite values all the same."""
+        is_fault, is_nan = Extremes.is_fault, Extremes.is_nan
+        if not self.calls or not any(map(is_fault, self.calls[-1].made)):
             return None
-        first = next((call for call in self.calls if _is_origin(call)), self.calls[-1])
-        for call in self.calls:
-            if _any_nan(call.made) and not _any_nan(call.given):
-                # An inf that an earlier call made did no harm, unless this one was given it.
-                first = first if _any_fault(call.given) else call
-                break
-        path, given, _ = first
+        first = next((call for call in self.calls if call.began(is_fault)), self.calls[-1])
+        first_nan = next((call for call in self.calls if call.began(is_nan)), first)
+        # An inf that an earlier call made did no harm, unless this one was given it.
+        path, given, _ = first if any(map(is_fault, first_nan.given)) else first_nan
         called = {call.path for call in self.calls}
         own = [n for n, p in self.owned.items() if p.is_fault() and _owner(n, called) == path]
         inside = [place for place in self.compiled if _owner(f"{place}.", called) == path]
-        if _any_fault(given):
+        if any(map(is_fault, given)):
             return Fault(path, (), "not finite", tuple(inside))
         masked = any(pair.low == -math.inf for pair in given)
         return Fault(path, tuple(own), "masked" if masked else "finite", tuple(inside))
@@ -112,21 +92,9 @@ def extremes(tensor: Tensor) -> Extremes:
     return Extremes(*torch.aminmax(as_real(tensor)))
 
 
-def _is_origin(call: Call) -> bool:
-    return _any_fault(call.made) and not _any_fault(call.given)
-
-
-def _any_fault(pairs: Collection[Extremes]) -> bool:
-    return any(pair.is_fault() for pair in pairs)
-
-
-def _any_nan(pairs: Collection[Extremes]) -> bool:
-    return any(pair.is_nan() for pair in pairs)
-
-
 def _owner(name: str, called: Collection[str]) -> str:
     """The innermost module above a parameter that was called."""
-    path = name.rpartition(".")[0]
-    while path and path not in called:
-        path = path.rpartition(".")[0]
-    return path or "root"
+    while name := name.rpartition(".")[0]:
+        if name in called:
+            return name
+    return "root"

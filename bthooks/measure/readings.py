@@ -26,15 +26,22 @@ _SAMPLES, _FORWARDS = 1 << 20, 64
 
 
 class Drawn(NamedTuple):
-    """Of what a histogram is.
+    """Of what a histogram is."""
 
-    Attributes:
-        group: "parameters", "gradients", "activations" or "uncertainty".
-        name: of the parameter, the module or the kind of uncertainty.
-    """
+    group: str  # "parameters", "gradients", "activations" or "uncertainty"
+    name: str  # of the parameter, the module or the kind of uncertainty
 
-    group: str
-    name: str
+
+def _joined(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([a, b]) if a.numel() < _SAMPLES else a
+
+
+# How two forwards or optimizers of one step go together; of all else the later one stays.
+_MERGED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "uncertainty": torch.add,
+    "attention": attention.merge,
+    "samples": _joined,
+}
 
 
 @dataclass
@@ -58,28 +65,13 @@ class Readings:
 
     def merge(self, other: "Readings") -> None:
         """Take in what another forward or optimizer brought to the same step."""
-        for kind, sums in other.uncertainty.items():
-            mine = self.uncertainty.get(kind)
-            self.uncertainty[kind] = sums if mine is None else mine + sums
-        for path, sums in other.attention.items():
-            mine = self.attention.get(path)
-            self.attention[path] = sums if mine is None else attention.merge(mine, sums)
-        for drawn, values in other.samples.items():
-            mine = self.samples.get(drawn)
-            if mine is None:
-                self.samples[drawn] = values
-            elif mine.numel() < _SAMPLES:
-                self.samples[drawn] = torch.cat([mine, values])
+        for name, part in vars(other).items():
+            if isinstance(part, dict):
+                mine, both = getattr(self, name), _MERGED.get(name)
+                for key, value in part.items():
+                    mine[key] = both(mine[key], value) if both and key in mine else value
         self.forwards += [f for f in other.forwards if f.calls or not self.forwards]
         del self.forwards[_FORWARDS:]
-        self.metrics |= other.metrics
-        self.learning_rates |= other.learning_rates
-        self.base_rates |= other.base_rates
-        self.norms |= other.norms
-        self.norms_before_clip |= other.norms_before_clip
-        self.update_ratios |= other.update_ratios
-        self.doubts |= other.doubts
-        self.histograms |= other.histograms
         self.scaling = other.scaling or self.scaling
 
     def mapped(self, function: Callable[[Tensor], Any]) -> "Readings":
@@ -108,12 +100,11 @@ def learning_rates(
     groups = optimizer.param_groups
     names = distinct(str(group.get("name", at)) for at, group in enumerate(groups))
     start = f"{index}/" if index else ""
-    rates = (group.get(key) for group in groups)
     # A scheduler changes a tensor rate in place: hence the copy.
     return {
         start + name: rate.detach().clone() if isinstance(rate, Tensor) else float(rate)
-        for name, rate in zip(names, rates, strict=True)
-        if rate is not None  # it is the optimizer's own business, as in Adafactor
+        for name, group in zip(names, groups, strict=True)
+        if (rate := group.get(key)) is not None  # else the optimizer's own business: Adafactor
     }
 
 
@@ -132,12 +123,10 @@ def uncertainties(found: Mapping[str, Tensor], distributions: bool = True) -> Re
     """The sums and distributions of the uncertainties by kind; both kinds add up to the total."""
     values = {kind: v.detach().to(widened(v.dtype)) for kind, v in found.items()}
     both = [values[kind] for kind in ("epistemic", "aleatoric") if kind in values]
-    if len(both) == 2 and both[0].shape == both[1].shape and "total" not in values:
-        values["total"] = both[0] + both[1]
-    readings = Readings()
-    for kind, v in values.items():
-        readings.uncertainty[kind] = torch.stack([v.sum(), v.new_full((), v.numel())])
-        if distributions:
-            # A copy: the caller may overwrite its tensor before the step is over.
-            readings.samples[Drawn("uncertainty", kind)] = v.flatten().clone()
-    return readings
+    if len(both) == 2 and both[0].shape == both[1].shape:
+        values.setdefault("total", both[0] + both[1])
+    sums = {kind: torch.stack([v.sum(), v.new_full((), v.numel())]) for kind, v in values.items()}
+    drawn = values if distributions else {}
+    # A copy: the caller may overwrite its tensor before the step is over.
+    samples = {Drawn("uncertainty", kind): v.flatten().clone() for kind, v in drawn.items()}
+    return Readings(uncertainty=sums, samples=samples)

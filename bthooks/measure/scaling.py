@@ -16,17 +16,11 @@ from ..torch_private import scaler_state
 
 
 class Scaling(NamedTuple):
-    """The state of a scaler at one optimizer step.
+    """The state of a scaler at one optimizer step."""
 
-    Args:
-        state: `(3,)`: scale, clean steps since it grew or shrank, and whether this step overflowed.
-        steps: the optimizer steps before this one.
-        initial, growth, backoff, interval: as `torch.amp.GradScaler` has them.
-    """
-
-    state: Tensor
-    steps: int
-    initial: float
+    state: Tensor  # (3,): scale, clean steps since it grew or shrank, whether this one overflowed
+    steps: int  # the optimizer steps before this one
+    initial: float  # this and what follows as `torch.amp.GradScaler` has it
     growth: float
     backoff: float
     interval: int
@@ -57,10 +51,9 @@ def scaling(scaler: GradScaler, optimizer: Optimizer, steps: int) -> Scaling:
 
 
 class Skips:
-    """Counts the steps that a scaler skipped, by what its scale did between two looks at it.
+    """Counts the steps that a scaler skipped, by what its state became between two looks at it.
 
-    A skipped step leaves no other trace: the optimizer is not called. Its scale shrinks, and the
-    count of clean steps begins again.
+    At a skipped step its scale shrinks, and the count of clean steps begins again.
     """
 
     def __init__(self) -> None:

@@ -46,10 +46,9 @@ def score_blocks(
         None where that is not known.
     """
     batch, heads, length, width = query.shape
-    keys = key.shape[-2]
+    _, key_heads, keys, _ = key.shape
     dtype = widened(query.dtype)
     scale = width**-0.5 if scale is None else scale
-    key_heads = key.shape[1]
     # (B, Hk, d, S); a view into (query, key, value) is twice as slow
     k = key.to(dtype).contiguous().transpose(-1, -2)
     if mask is not None:
@@ -113,12 +112,10 @@ def row_blocks(
     many = max(1, block // max(1, row_size))
     for start in range(0, taken, many):
         stop = min(taken, start + many)
-        at = torch.arange(start, stop + (taken < length), device=device)
-        if taken < length:
-            low, high = (at * length // taken).unfold(0, 2, 1).unbind(-1)
-            share = (at[:-1] * _GOLDEN + (1 << 31)) % (1 << 32)
-            at = low + (share * (high - low) >> 32)
-        yield at, stop * length // taken - 1
+        part = torch.arange(start, stop, device=device)
+        low, high = part * length // taken, (part + 1) * length // taken
+        share = (part * _GOLDEN + (1 << 31)) % (1 << 32)
+        yield low + (share * (high - low) >> 32), stop * length // taken - 1
 
 
 def seen(scores: Tensor) -> Tensor:

@@ -56,23 +56,23 @@ def whole_norms(
         if is_sharded(parameter):
             meshes.setdefault(parameter.device_mesh, []).append(name)
     for mesh, names in meshes.items():
-        zero = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
-        norms = [[part.get(name) for name in names] for part in parts]
-        squares = [[zero if n is None else n.to(zero).square() for n in row] for row in norms]
-        there = [[zero if n is None else zero + 1 for n in row] for row in norms]
-        sums = torch.stack([torch.stack(row) for row in (*squares, *there)])  # (2 parts, names)
+        missing = torch.full((), -1, dtype=torch.float64, device=mesh.device_type)
+        rows = [[part.get(name, missing).to(missing) for name in names] for part in parts]
+        norms = torch.stack([torch.stack(row) for row in rows])  # (parts, names)
+        is_there = ~(norms < 0)  # NaN too
+        sums = torch.cat([torch.where(is_there, norms.square(), 0), is_there.to(norms)])
         placements = [parameters[name].placements for name in names]
         for dimension in range(mesh.ndim):
             copied = [on[dimension].is_replicate() for on in placements]
             if all(copied):
                 continue
-            weights = [1 / mesh.size(dimension) if copy else 1.0 for copy in copied]
             if any(copied):
+                weights = [1 / mesh.size(dimension) if copy else 1.0 for copy in copied]
                 shares = torch.tensor(weights, dtype=sums.dtype)
                 sums[: len(parts)] *= shares.to(sums.device, non_blocking=True)
             dist.all_reduce(sums, group=mesh.get_group(dimension))
-        squares_, there_ = sums.chunk(2)
-        wholes = torch.where(there_ > 0, squares_.sqrt(), -1).to(torch.float32)
+        squares, there = sums.chunk(2)
+        wholes = torch.where(there > 0, squares.sqrt(), -1).to(torch.float32)
         for part, row in zip(found, wholes, strict=True):
             part.update(zip(names, row.unbind(), strict=True))
     return found

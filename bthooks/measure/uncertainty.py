@@ -82,10 +82,7 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def find_uncertainties(output: Any) -> dict[str, Tensor]:
-    """The real tensors in `output` under one of `KEYS`, by kind.
-
-    Args:
-        output: a dict, or anything with attributes: a dataclass, a named tuple, an object.
+    """The real tensors that `output`, a dict or an object, holds under one of `KEYS`, by kind.
 
     >>> find_uncertainties({"logits": torch.zeros(2), "epistemic": torch.ones(2)})
     {'epistemic': tensor([1., 1.])}
@@ -94,9 +91,8 @@ def find_uncertainties(output: Any) -> dict[str, Tensor]:
     for kind, keys in KEYS.items():
         for key in keys:
             value = held_as(output, key)
-            if not isinstance(value, Tensor) or value.is_meta or value.is_complex():
-                continue
-            if value.numel():
+            is_real = isinstance(value, Tensor) and not (value.is_meta or value.is_complex())
+            if is_real and value.numel():
                 found[kind] = value
                 break
     return found
@@ -193,8 +189,8 @@ def _dropping(model: nn.Module, inputs: Any) -> Iterator[None]:
         if not is_lazy(buffer) and not buffer.is_inference()
     ]
     tensors = [*model.parameters(), *model.buffers(), *leaves_of(inputs)[0]]
-    devices = {t.device for t in tensors if isinstance(t, Tensor) and t.is_cuda}
-    with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
+    devices = {t.device.index for t in tensors if isinstance(t, Tensor) and t.is_cuda}
+    with torch.random.fork_rng(devices=sorted(devices)):
         try:
             for module in flags:
                 # Not train(), which models override.

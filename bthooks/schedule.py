@@ -7,6 +7,7 @@ micro-batches, or two optimizers side by side, are one. A forward runs before we
 step that it belongs to is logged, hence the cadence is asked one step ahead.
 """
 
+import operator
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -80,8 +81,7 @@ class Schedule:
         """A forward in training mode: its readings belong to the optimizer step that follows."""
         if not self.observes:
             return None
-        due = Due(*(a or b for a, b in zip(self.due, self._due_next, strict=True)))
-        return Slot(self._next, due)
+        return Slot(self._next, Due(*map(operator.or_, self.due, self._due_next)))
 
     def no_grad_forward(self) -> Slot | None:
         """A forward in training mode without grad; before any step it is inference."""
@@ -116,11 +116,9 @@ class Schedule:
         self.observes = False
 
     def begins_step(self, optimizer: object | None, again: bool = False) -> bool:
-        """Whether a step of `optimizer` begins one of ours.
+        """Whether a step of `optimizer`, None for one that is told by hand, begins one of ours.
 
-        Args:
-            optimizer: None for one that is told by hand.
-            again: whether it holds a parameter of another that has stepped.
+        `again`: it holds a parameter of another that has stepped.
         """
         return not self._stepped or again or (optimizer or self) in self._stepped
 
@@ -133,7 +131,7 @@ class Schedule:
     ) -> Slot | None:
         """An optimizer's step has ended: the slot of the step, if one begins with it and is logged.
 
-        `known` optimizers hold a parameter of the model.
+        `known`: how many optimizers hold a parameter of the model.
         """
         begins = self.begins_step(optimizer, again)
         if begins:

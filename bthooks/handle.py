@@ -59,10 +59,9 @@ class Handle:
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to continue the charts, plain data; flushes first."""
         self.flush()
-        recorder = self._recorder
         return self._schedule.state_dict() | {
-            "skipped": recorder.skips.count,
-            "alerts": recorder.alerts.state(),
+            "skipped": self._recorder.skips.count,
+            "alerts": self._recorder.alerts.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

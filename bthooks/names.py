@@ -66,10 +66,7 @@ def distinct(names: Iterable[str]) -> list[str]:
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, str]:
-    """Every module of `model` with its unwrapped path; a shared one with its first.
-
-    A wrapper and what it wraps have one path.
-    """
+    """Every module with its unwrapped path, the first if shared; a wrapper's is its module's."""
     return {module: unwrapped(name) for name, module in model.named_modules()}
 
 
@@ -85,12 +82,10 @@ def selector(include: Selector) -> Callable[[str], bool]:
     >>> selector("layers.*")("layers.0"), selector(None)("any")
     (True, True)
     """
-    if include is None:
-        return lambda name: True
     if callable(include):
         return include
     patterns = globs(include)
-    return lambda name: any(fnmatchcase(name, pattern) for pattern in patterns)
+    return lambda name: include is None or any(fnmatchcase(name, glob) for glob in patterns)
 
 
 def globs(include: Selector) -> tuple[str, ...]:

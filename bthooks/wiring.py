@@ -136,13 +136,12 @@ class Wiring:
                 self._depth += 1
                 return
             self._close_forward()  # KeyboardInterrupt skips the hook that closes it
-        schedule = self.schedule
         if not root.training:
-            slot = schedule.eval_forward()
+            slot = self.schedule.eval_forward()
         elif torch.is_grad_enabled():
-            slot = schedule.training_forward()
+            slot = self.schedule.training_forward()
         else:
-            slot = schedule.no_grad_forward()
+            slot = self.schedule.no_grad_forward()
         if slot is None:
             return
         with self.ledger.guard("forward"):

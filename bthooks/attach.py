@@ -97,8 +97,7 @@ def attach(
         raise TypeError("attach: a scripted model takes no hooks; attach to it unscripted")
     target = checks.target("attach", writer)
     checks.one_of("attach", "backend", backend, PACKAGES)
-    known = (*KINDS, *ON_REQUEST)
-    kinds = KINDS if capture is None else checks.kinds("attach", capture, known)
+    kinds = KINDS if capture is None else checks.kinds("attach", capture, (*KINDS, *ON_REQUEST))
     checks.cadence("attach", "every", every)
     checks.cadence("attach", "histograms_every", histograms_every)
     if attention_rows is not None:
@@ -110,13 +109,7 @@ def attach(
     if on_alert is not None:
         checks.instance("attach: on_alert is a function of an Alert", on_alert, Callable)
     checks.one_of("attach", "on_error", on_error, ("warn", "raise"))
-    wanted = Wanted(
-        kinds,
-        by_name=capture is not None,
-        selected=selector(include),
-        globs=globs(include),
-        rows=attention_rows,
-    )
+    wanted = Wanted(kinds, capture is not None, selector(include), globs(include), attention_rows)
     for former, its_model in attached_to(target, prefix):
         if its_model is model:
             warnings.warn(
@@ -133,13 +126,7 @@ def attach(
             )
     ledger = Ledger(strict=on_error == "raise")
     schedule = Schedule(step, (every, histograms_every), ledger.failed)
-    owns_writer = isinstance(target, Path) and is_main_rank()
-    opened = open_writer(target, backend) if owns_writer else None
-    recorder = Recorder(
-        opened if isinstance(target, Path) else target,
-        prefix,
-        Alerts(thresholds, on_alert, ledger),
-        ledger,
-    )
-    wiring = Wiring(model, wanted, schedule, recorder, ledger)
-    return Handle(model, wiring, target, owns_writer=owns_writer)
+    if isinstance(target, Path):
+        writer = open_writer(target, backend) if is_main_rank() else None
+    recorder = Recorder(writer, prefix, Alerts(thresholds, on_alert, ledger), ledger)
+    return Handle(model, Wiring(model, wanted, schedule, recorder, ledger), target)

@@ -1,10 +1,10 @@
-"""Checks: every refusal of a bad argument.
+"""Checks: every refusal of a bad argument, so that a mistake is told in the same words everywhere.
 
 Each function returns what it was given, some in one type, or raises an error that says where, what,
-what was got and how to mend it. They are in one place so that the same mistake is told in the same
-words by every function that a user calls.
+what was got and how to mend it.
 """
 
+import contextlib
 import numbers
 import operator
 import os
@@ -35,8 +35,8 @@ def whole(where: str, name: str, value: Any, least: int = 0, wanted: str = "") -
     except TypeError:
         number = -1
     if isinstance(value, bool) or not least <= number < 1 << 62:  # an event file holds 63 bits
-        wanted = wanted or f"a whole number from {least}"
-        raise ValueError(f"{where}: {name}={value!r}: expected {wanted}")
+        expected = wanted or f"a whole number from {least}"
+        raise ValueError(f"{where}: {name}={value!r}: expected {expected}")
     return number
 
 
@@ -118,7 +118,7 @@ def number(where: str, name: str, value: Any) -> Tensor | float:
     """One real number, left on its device where it is a tensor."""
     if not isinstance(name, str) or not name:
         raise TypeError(f"{where}: names are non-empty str, got {name!r}")
-    if type(value) is float:
+    if type(value) is float:  # nearly always
         return value
     if isinstance(value, Tensor):
         if value.numel() != 1:
@@ -128,31 +128,23 @@ def number(where: str, name: str, value: Any) -> Tensor | float:
             )
         if not value.is_complex():
             return value.detach().reshape(())
-    elif not isinstance(value, str | bytes) and not (
-        isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
-    ):
-        try:
+    elif isinstance(value, numbers.Real) or not isinstance(value, str | bytes | numbers.Complex):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             return float(value)
-        except (TypeError, ValueError, OverflowError):
-            pass
     raise TypeError(f"{where}: {name!r} is one real number, got {value!r}")
 
 
 def values(where: str, name: str, given: Any) -> Tensor:
     """A tensor of numbers, detached."""
-    try:
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
         return torch.as_tensor(given).detach()
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"{where}: {name!r} is a tensor of numbers, got {type(given).__name__}"
-        ) from None
+    raise TypeError(f"{where}: {name!r} is a tensor of numbers, got {type(given).__name__}")
 
 
 def reals(where: str, name: str, given: Any, shape: torch.Size | None = None) -> Tensor:
     """A tensor of real numbers, not empty, and of `shape` if it is given."""
     tensor = values(where, name, given)
-    if shape is None:
-        shape = tensor.shape
+    shape = tensor.shape if shape is None else shape
     if tensor.shape != shape or tensor.numel() == 0 or tensor.is_complex():
         raise ValueError(
             f"{where}: {name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected "
@@ -253,6 +245,5 @@ def hparam(value: Any) -> str | float:
     """A number or a string, which both backends write alike; anything else as its `str`."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    return float(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number else str(value)

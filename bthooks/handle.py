@@ -3,6 +3,7 @@
 import atexit
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -22,10 +23,10 @@ class Handle:
         writer: what is written to; None where nothing is.
     """
 
-    def __init__(self, model: nn.Module, wiring: Wiring, target: Any, *, owns_writer: bool) -> None:
-        self._wiring, self._owns_writer = wiring, owns_writer
-        self._schedule, self._recorder = wiring.schedule, wiring.recorder
+    def __init__(self, model: nn.Module, wiring: Wiring, target: Any) -> None:
+        self._wiring, self._schedule, self._recorder = wiring, wiring.schedule, wiring.recorder
         self.writer: Any = self._recorder.writer
+        self._owns_writer = isinstance(target, Path) and self.writer is not None
         # Exit handlers run in reverse order: this one before that of a writer opened earlier.
         atexit.register(self.detach)
         self._finalizer = weakref.finalize(model, self.detach)
@@ -44,7 +45,7 @@ class Handle:
 
     def advance(self) -> None:
         """Say, after it, that an optimizer stepped that is no `torch.optim.Optimizer`."""
-        self._wiring.advance()
+        self._wiring.count(None)
 
     def flush(self) -> None:
         """Write to the disk what was measured so far, also of a step that is not over."""
@@ -58,10 +59,9 @@ class Handle:
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to continue the charts, plain data; flushes first."""
         self.flush()
-        recorder = self._recorder
         return self._schedule.state_dict() | {
-            "skipped": recorder.skips.count,
-            "alerts": recorder.alerts.state(),
+            "skipped": self._recorder.skips.count,
+            "alerts": self._recorder.alerts.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -14,22 +14,11 @@ from torch.optim import Optimizer
 
 from . import checks
 from .measure.attention import sums_of_weights
-from .measure.calibration import (
-    calibration_bins,
-    calibration_of,
-    error_by_chance,
-    ranking_stats,
-)
+from .measure.calibration import calibration_bins, calibration_of, error_by_chance, ranking_stats
 from .measure.figures import Figures, figures_of
 from .measure.gradients import gradient_norms
 from .measure.histograms import histogram
-from .measure.readings import (
-    Drawn,
-    Readings,
-    learning_rates,
-    parameter_histograms,
-    uncertainties,
-)
+from .measure.readings import Drawn, Readings, learning_rates, parameter_histograms, uncertainties
 from .measure.sharded import is_sharded
 from .names import parameter_names, tag
 from .record.backend import write, write_hparams
@@ -58,7 +47,7 @@ def log_metrics(
         return
     checks.instance("log_metrics: metrics are a dict of numbers", metrics, Mapping)
     scalars = {name: checks.number("log_metrics", name, value) for name, value in metrics.items()}
-    _record("log_metrics", writer, Readings(metrics=scalars), step, prefix)
+    _write("log_metrics", writer, _event(Readings(metrics=scalars)), step, prefix)
 
 
 def log_learning_rate(
@@ -78,13 +67,8 @@ def log_learning_rate(
         raise TypeError(
             f"log_learning_rate: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
         )
-    _record(
-        "log_learning_rate",
-        writer,
-        Readings(learning_rates=learning_rates(optimizer)),
-        step,
-        prefix,
-    )
+    event = _event(Readings(learning_rates=learning_rates(optimizer)))
+    _write("log_learning_rate", writer, event, step, prefix)
 
 
 def log_gradients(writer: Writer | None, model: nn.Module, step: int, *, prefix: str = "") -> None:
@@ -103,9 +87,8 @@ def log_gradients(writer: Writer | None, model: nn.Module, step: int, *, prefix:
     >>> model(torch.ones(1, 2)).sum().backward()
     >>> log_gradients(writer, model, step=0)
     """
-    if writer is None and not (
-        isinstance(model, nn.Module) and any(map(is_sharded, model.parameters()))
-    ):
+    is_module = isinstance(model, nn.Module)
+    if writer is None and not (is_module and any(map(is_sharded, model.parameters()))):
         return
     norms = gradient_norms(checks.model("log_gradients", model))  # every rank's, if sharded
     if writer is None:
@@ -116,7 +99,7 @@ def log_gradients(writer: Writer | None, model: nn.Module, step: int, *, prefix:
             "after backward() and before zero_grad()",
             stacklevel=2,
         )
-    _record("log_gradients", writer, Readings(norms=norms), step, prefix)
+    _write("log_gradients", writer, _event(Readings(norms=norms)), step, prefix)
 
 
 def log_attention_stats(
@@ -153,9 +136,8 @@ def log_attention_stats(
     """
     if writer is None:
         return
-    attention_weights = checks.weights("log_attention_stats", attention_weights)
-    readings = Readings(attention={name: sums_of_weights(attention_weights)})
-    event = event_of(figures_of(read(readings)))
+    sums = sums_of_weights(checks.weights("log_attention_stats", attention_weights))
+    event = _event(Readings(attention={name: sums}))
     if attention_entropy is not None:
         entropy = torch.as_tensor(attention_entropy).double().mean().item()
         if not entropy >= 0:
@@ -163,16 +145,11 @@ def log_attention_stats(
                 f"log_attention_stats: attention_entropy has mean {entropy}, expected nats >= 0"
             )
         event.scalars[f"attention/entropy/{name}"] = entropy
-    write(writer, prefixed(event, prefix), checks.whole("log_attention_stats", "step", step))
+    _write("log_attention_stats", writer, event, step, prefix)
 
 
 def log_uncertainty_metrics(
-    writer: Writer | None,
-    epistemic: Any,
-    step: int,
-    *,
-    aleatoric: Any = None,
-    prefix: str = "",
+    writer: Writer | None, epistemic: Any, step: int, *, aleatoric: Any = None, prefix: str = ""
 ) -> None:
     """Write the mean and the distribution of each uncertainty over the batch.
 
@@ -196,7 +173,7 @@ def log_uncertainty_metrics(
     if aleatoric is not None:
         shape = values["epistemic"].shape
         values["aleatoric"] = checks.reals(where, "aleatoric", aleatoric, shape)
-    _record("log_uncertainty_metrics", writer, uncertainties(values), step, prefix)
+    _write(where, writer, _event(uncertainties(values)), step, prefix)
 
 
 def log_calibration(
@@ -291,13 +268,8 @@ def log_model_histograms(
     if writer is None:
         return
     names = parameter_names(checks.model("log_model_histograms", model))
-    _record(
-        "log_model_histograms",
-        writer,
-        Readings(histograms=parameter_histograms(names)),
-        step,
-        prefix,
-    )
+    event = _event(Readings(histograms=parameter_histograms(names)))
+    _write("log_model_histograms", writer, event, step, prefix)
 
 
 def log_activations(
@@ -319,7 +291,7 @@ def log_activations(
         Drawn("activations", name): histogram(checks.values("log_activations", name, values))
         for name, values in activations.items()
     }
-    _record("log_activations", writer, Readings(histograms=found), step, prefix)
+    _write("log_activations", writer, _event(Readings(histograms=found)), step, prefix)
 
 
 def log_text(writer: Writer | None, tag: str, text: str, step: int, *, prefix: str = "") -> None:
@@ -336,9 +308,7 @@ def log_text(writer: Writer | None, tag: str, text: str, step: int, *, prefix: s
     checks.instance(f"log_text: the text of tag {tag!r} is a str", text, str)
     if not isinstance(tag, str) or not tag.strip("/"):
         raise TypeError(f"log_text: a tag is a non-empty str, got {tag!r}")
-    write(
-        writer, prefixed(Event(texts={tag: text}), prefix), checks.whole("log_text", "step", step)
-    )
+    _write("log_text", writer, Event(texts={tag: text}), step, prefix)
 
 
 def log_hparams(
@@ -364,14 +334,14 @@ def log_hparams(
     for what, given in (("hparams", hparams), ("metrics", metrics)):
         checks.instance(f"log_hparams: {what} are a dict", given, Mapping)
     numbers = {name: checks.number("log_hparams", name, value) for name, value in metrics.items()}
-    event = event_of(figures_of(read(Readings(metrics=numbers))))
-    write_hparams(
-        writer,
-        {str(name): checks.hparam(value) for name, value in hparams.items()},
-        prefixed(event, tag(prefix, "hparams")).scalars,
-    )
+    event = prefixed(_event(Readings(metrics=numbers)), tag(prefix, "hparams"))
+    plain = {str(name): checks.hparam(value) for name, value in hparams.items()}
+    write_hparams(writer, plain, event.scalars)
 
 
-def _record(where: str, writer: Writer | None, readings: Readings, step: int, prefix: str) -> None:
-    event = event_of(figures_of(read(readings)))
+def _event(readings: Readings) -> Event:
+    return event_of(figures_of(read(readings)))
+
+
+def _write(where: str, writer: Writer, event: Event, step: int, prefix: str) -> None:
     write(writer, prefixed(event, prefix), checks.whole(where, "step", step))

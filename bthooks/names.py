@@ -1,9 +1,6 @@
-"""Names: from module paths and parameter names to tags, and the one selector type.
+"""Names: from module paths and parameter names to tags, and the one selector type."""
 
-In: the names that torch gives (`model.named_modules()`, `model.named_parameters()`).
-Out: names without wrapper parts, tags in the characters that every backend keeps.
-"""
-
+import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -14,21 +11,21 @@ Selector = str | Sequence[str] | Callable[[str], bool] | None
 """Which names: a glob, several globs, a function of the name; None selects all."""
 
 _OTHER = re.compile(r"[^A-Za-z0-9_./-]")
-_PLAIN = re.compile(r"[A-Za-z0-9_.-](?:[A-Za-z0-9_./-]*[A-Za-z0-9_.-])?")
 _WRAPPER = re.compile(
     r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)"
 )
 
 
+@functools.lru_cache(1 << 16)  # a run has the same tags at each step
 def tag(*parts: str) -> str:
-    """Join the non-empty parts with "/", each other than `[A-Za-z0-9_./-]` becoming "_".
+    """Join the non-empty parts with "/"; what not every backend keeps becomes "_".
 
     >>> tag("", "attention", "entropy", "blocks.0.attn")
     'attention/entropy/blocks.0.attn'
     >>> tag("run 1", "loss")
     'run_1/loss'
     """
-    return _OTHER.sub("_", "/".join(part.strip("/") for part in parts if part))
+    return _OTHER.sub("_", "/".join(filter(None, (part.strip("/") for part in parts))))
 
 
 def tags(prefix: str, names: Iterable[str]) -> list[str]:
@@ -37,9 +34,6 @@ def tags(prefix: str, names: Iterable[str]) -> list[str]:
     >>> tags("run", ["a b", "a_b"])
     ['run/a_b', 'run/a_b_2']
     """
-    names, start = list(names), tag(prefix)
-    if all(map(_PLAIN.fullmatch, names)):  # nearly always
-        return distinct(f"{start}/{name}" if start else name for name in names)
     return distinct(tag(prefix, name) for name in names)
 
 
@@ -59,10 +53,9 @@ def distinct(names: Iterable[str]) -> list[str]:
     ['a', 'b', 'a_2']
     """
     names = list(names)
-    seen: dict[str, None] = dict.fromkeys(names)
-    if len(seen) == len(names):  # nearly always
+    if len(set(names)) == len(names):  # nearly always
         return names
-    seen.clear()
+    seen: dict[str, None] = {}
     for name in names:
         new, number = name, 1
         while new in seen:
@@ -73,10 +66,7 @@ def distinct(names: Iterable[str]) -> list[str]:
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, str]:
-    """Every module of `model` with its unwrapped path; a shared one with its first.
-
-    A wrapper and what it wraps have one path.
-    """
+    """Every module with its unwrapped path, the first if shared; a wrapper's is its module's."""
     return {module: unwrapped(name) for name, module in model.named_modules()}
 
 
@@ -92,12 +82,10 @@ def selector(include: Selector) -> Callable[[str], bool]:
     >>> selector("layers.*")("layers.0"), selector(None)("any")
     (True, True)
     """
-    if include is None:
-        return lambda name: True
     if callable(include):
         return include
     patterns = globs(include)
-    return lambda name: any(fnmatchcase(name, pattern) for pattern in patterns)
+    return lambda name: include is None or any(fnmatchcase(name, glob) for glob in patterns)
 
 
 def globs(include: Selector) -> tuple[str, ...]:

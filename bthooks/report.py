@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 
@@ -23,14 +23,10 @@ class Report(NamedTuple):
 
 
 class Ledger:
-    """Collects a `Report`, and warns once per site of what could not be measured.
-
-    Args:
-        strict: raise what fails instead of warning of it.
-    """
+    """Collects a `Report`, and warns once per site of what could not be measured."""
 
     def __init__(self, strict: bool) -> None:
-        self._strict = strict
+        self._strict = strict  # raise what fails instead of warning of it
         self._lock = threading.RLock()
         self._captured: dict[str, dict[str, None]] = {}
         self._said: dict[str, str] = {}
@@ -43,10 +39,9 @@ class Ledger:
 
     def warn_once(self, site: str, why: str) -> None:
         """Warn of `site`, the first time."""
-        if site in self._said:
-            return
-        self._said[site] = why
-        self.warn(f"{site}: {why}")
+        if site not in self._said:
+            self._said[site] = why
+            self.warn(f"{site}: {why}")
 
     def warn(self, text: str) -> None:
         # Where the user turns warnings into errors, the report is all that is left to us:
@@ -73,7 +68,7 @@ class Ledger:
             except Exception as error:
                 self.failed(site, error)
 
-    def report(self, unseen: Mapping[str, str]) -> Report:
+    def report(self, unseen: dict[str, str]) -> Report:
         """The report, with the reasons why kinds have not been seen so far."""
         captured = {kind: tuple(names) for kind, names in self._captured.items() if names}
-        return Report(captured, dict(unseen) | self._said)
+        return Report(captured, unseen | self._said)

@@ -7,6 +7,7 @@ micro-batches, or two optimizers side by side, are one. A forward runs before we
 step that it belongs to is logged, hence the cadence is asked one step ahead.
 """
 
+import operator
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -39,12 +40,6 @@ class Schedule:
         first: the number of the first step, which is always logged.
         cadences: every how many steps scalars and histograms are logged, or functions of the step.
         failed: called with what failed where a cadence raises; nothing is due then.
-
-    Attributes:
-        steps: how many have begun.
-        due: at the step that has begun.
-        observes: whether the next training forward is observed.
-        watches: whether the gradients at the end of the next backward pass are measured.
     """
 
     def __init__(
@@ -53,18 +48,24 @@ class Schedule:
         cadences: tuple[Cadence, Cadence],
         failed: Callable[[str, Exception], None],
     ) -> None:
-        self._first: int | None = first  # None after a resume
         self._cadences, self._failed = cadences, failed
-        self._next = first  # the number of the step that comes next
-        self.steps = 0
-        self.due, self._due_next = _NEVER, self._due_at(first)
+        start = {"step": first, "rounds": 0, "evaluated": 0, "inferences": 0, "last_eval": -1}
+        self.load_state_dict(start)
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Begin, or resume, at the step of `state`."""
+        self._next = state["step"]  # the number of the step that comes next
+        self.steps = state["rounds"]  # how many have begun
+        self._validated = bool(state["evaluated"])  # by an eval forward since the last step
+        self._last_validation = state["last_eval"]  # the step of the last such
+        self._inferences = state["inferences"]  # forwards before any step
+        self._first = None if self.steps or self._inferences else self._next
+        self.due = _NEVER  # at the step that has begun
+        self._due_next = self._due_at(self._next)
         # The optimizers that stepped in this step; weakly, since one that is replaced is gone.
         self._stepped: weakref.WeakSet[object] = weakref.WeakSet()
-        self._validated = False  # whether an eval forward was observed since the last step
-        self._inferences = 0  # forwards that were no training, before any step
-        self._last_validation = -1
-        self.observes = any(self._due_next)
-        self.watches = self._due_next.scalars
+        self.observes = any(self._due_next)  # the next training forward
+        self.watches = self._due_next.scalars  # the gradients at the next backward pass's end
 
     @property
     def step(self) -> int:
@@ -80,8 +81,7 @@ class Schedule:
         """A forward in training mode: its readings belong to the optimizer step that follows."""
         if not self.observes:
             return None
-        due = Due(*(a or b for a, b in zip(self.due, self._due_next, strict=True)))
-        return Slot(self._next, due)
+        return Slot(self._next, Due(*map(operator.or_, self.due, self._due_next)))
 
     def no_grad_forward(self) -> Slot | None:
         """A forward in training mode without grad; before any step it is inference."""
@@ -116,11 +116,9 @@ class Schedule:
         self.observes = False
 
     def begins_step(self, optimizer: object | None, again: bool = False) -> bool:
-        """Whether a step of `optimizer` begins one of ours.
+        """Whether a step of `optimizer`, None for one that is told by hand, begins one of ours.
 
-        Args:
-            optimizer: None for one that is told by hand.
-            again: whether it holds a parameter of another that has stepped.
+        `again`: it holds a parameter of another that has stepped.
         """
         return not self._stepped or again or (optimizer or self) in self._stepped
 
@@ -133,8 +131,7 @@ class Schedule:
     ) -> Slot | None:
         """An optimizer's step has ended: the slot of the step, if one begins with it and is logged.
 
-        Args:
-            known: how many optimizers hold a parameter of the model.
+        `known`: how many optimizers hold a parameter of the model.
         """
         begins = self.begins_step(optimizer, again)
         if begins:
@@ -167,17 +164,6 @@ class Schedule:
             "inferences": self._inferences,
             "last_eval": self._last_validation,
         }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume: go on at the step of `state`."""
-        self._next, self.steps = state["step"], state["rounds"]
-        self._validated = bool(state["evaluated"])
-        self._inferences, self._last_validation = state["inferences"], state["last_eval"]
-        self._first = None if self.steps or self._inferences else self._next
-        self.due, self._due_next = _NEVER, self._due_at(self._next)
-        self._stepped.clear()
-        self.observes = any(self._due_next)
-        self.watches = self._due_next.scalars
 
     def _due_at(self, step: int) -> Due:
         if step == self._first:

@@ -1,6 +1,6 @@
 """Unseen: why something that was asked for has not been measured. Nothing is left unsaid."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -10,31 +10,41 @@ from .names import module_names, parameter_names, selector
 from .report import Ledger
 from .torch_private import is_compiled
 
+_NOT_CALLED = (
+    "the forward of the attached module did not run where a hook sees it: its .forward() was "
+    "called directly, or only modules inside it were, or it was compiled after attach; attach to "
+    "the module that the loop calls, and after torch.compile to what it returns"
+)
 _COMPILED = (
     "compiled, where an explicit softmax or flex_attention is fused with its neighbours and can't "
     "be seen; F.scaled_dot_product_attention can"
+)
+_NO_MAP = (
+    "no attention was recognised in the modules that it selects: none of them ran any, or a "
+    "module around them did"
 )
 
 
 def unseen(
     root: nn.Module | None, wanted: Wanted, ledger: Ledger, calls: int, steps: int
 ) -> dict[str, str]:
-    """Why each kind has not been seen so far.
-
-    Args:
-        ledger: knows what has been.
-        calls: forwards of the model that a hook saw.
-        steps: how many have begun.
-    """
+    """Why each kind has not been seen, in `calls` forwards that a hook saw and `steps` steps."""
     paths = {} if root is None else module_names(root)
     compiled: list[str] = []
     with ledger.guard("compiled modules"):
         compiled = [path for module, path in paths.items() if is_compiled(module)]
-    why = _reasons(called=calls > 0, stepped=steps > 0, compiled=compiled)
+    why = _reasons(calls, steps, compiled)
     missed = {kind: why[kind] for kind in wanted.kinds if not ledger.names(kind)}
-    if seen := ledger.names("attention"):
-        missed |= _unattended(wanted.globs, paths.values(), seen)
-        missed |= _fused_away(compiled, seen)
+    seen = {path.partition("/")[0] for path in ledger.names("attention")}
+    if not seen:
+        return missed
+    for glob in wanted.globs:
+        selects = selector(glob)
+        if any(map(selects, paths.values())) and not any(map(selects, seen)):
+            missed[f"attention of {glob}"] = _NO_MAP
+    for path in compiled:
+        if path != "root" and not any(f"{place}.".startswith(f"{path}.") for place in seen):
+            missed[f"attention of {path}"] = _COMPILED
     return missed
 
 
@@ -42,32 +52,22 @@ def say_absent(
     root: nn.Module | None, wanted: Wanted, ledger: Ledger, calls: int, steps: int
 ) -> None:
     """Warn of what was asked for by name and not seen, and of a forward that never ran."""
-    missed = unseen(root, wanted, ledger, calls, steps)
-    for kind, why in missed.items() if wanted.by_name else ():
-        ledger.warn_once(kind, why)
+    for kind, why in unseen(root, wanted, ledger, calls, steps).items():
+        if wanted.by_name or (kind == "attention" and steps and not calls):
+            ledger.warn_once(kind, why)
     if root is not None:
         with ledger.guard("include"):
             names = {*parameter_names(root).values(), *module_names(root).values()}
             if not any(map(wanted.selected, names)):
                 ledger.warn_once("include", "it selects no module path and no parameter name")
-    if steps and not calls and "attention" in missed and not wanted.by_name:
-        ledger.warn_once("attention", missed["attention"])
 
 
-def _reasons(*, called: bool, stepped: bool, compiled: Sequence[str]) -> Mapping[str, str]:
-    forward = (
-        ""
-        if called
-        else (
-            "the forward of the attached module did not run where a hook sees it: its .forward() "
-            "was called directly, or only modules inside it were, or it was compiled after attach; "
-            "attach to the module that the loop calls, and after torch.compile to what it returns"
-        )
-    )
+def _reasons(calls: int, steps: int, compiled: Sequence[str]) -> dict[str, str]:
+    forward = "" if calls else _NOT_CALLED
+    step = "" if steps else "no optimizer that holds a parameter of the model has stepped"
     attention = "no attention was recognised in the observed forwards"
     if compiled:
         attention += f"; {', '.join(compiled[:4])}{', ...' * (len(compiled) > 4)}: {_COMPILED}"
-    step = "" if stepped else "no optimizer that holds a parameter of the model has stepped"
     keys = ", ".join(key for names in KEYS.values() for key in names)
     return {
         "attention": forward or attention,
@@ -77,27 +77,4 @@ def _reasons(*, called: bool, stepped: bool, compiled: Sequence[str]) -> Mapping
         "learning_rate": step or "only advance() was called",
         "histograms": step or "no parameter is selected",
         "updates": step or "no parameter is selected",
-    }
-
-
-def _fused_away(compiled: Iterable[str], seen: Iterable[str]) -> dict[str, str]:
-    """The compiled modules that no attention was seen in, while others' was."""
-    places = [f"{path.partition('/')[0]}." for path in seen]
-    return {
-        f"attention of {path}": _COMPILED
-        for path in compiled
-        if path != "root" and not any(place.startswith(f"{path}.") for place in places)
-    }
-
-
-def _unattended(globs: Iterable[str], paths: Iterable[str], seen: Iterable[str]) -> dict[str, str]:
-    """The globs that select some of the module `paths`, and none of whose attention was `seen`."""
-    paths, seen = list(paths), [path.partition("/")[0] for path in seen]
-    return {
-        f"attention of {glob}": (
-            "no attention was recognised in the modules that it selects: none of them ran any, or "
-            "a module around them did"
-        )
-        for glob in globs
-        if any(map(selector(glob), paths)) and not any(map(selector(glob), seen))
     }

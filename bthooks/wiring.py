@@ -44,17 +44,7 @@ from .unseen import say_absent
 
 
 class Wiring:
-    """One attachment's hooks, and what was observed and is not yet of a step.
-
-    Args:
-        wanted: what is captured.
-        schedule: decides what is observed, measured and written.
-        recorder: takes the readings.
-        ledger: told what could not be measured, and why.
-
-    Attributes:
-        calls: how many forwards of the model there were.
-    """
+    """One attachment's hooks, and what was observed and is not yet of a step."""
 
     def __init__(
         self,
@@ -67,7 +57,7 @@ class Wiring:
         self.root = weakref.ref(model)
         self.wanted, self.schedule = wanted, schedule
         self.recorder, self.ledger = recorder, ledger
-        self.calls = 0
+        self.calls = 0  # forwards of the model
         self._process = os.getpid()  # a forked child has the hooks, and no writer's thread
         self._optimizers, self._gradients = Optimizers(), Gradients(wanted, ledger)
         self._probe, self._changes, self._moves = Probe(), deque[Transfer](), 0
@@ -86,24 +76,23 @@ class Wiring:
         else:
             self._before = model.register_forward_pre_hook(before, with_kwargs=True)
             self._after = model.register_forward_hook(after, always_call=True)
-        _listen(self)
+        _listeners.append(self)
+        if not _hooks:
+            _hooks.append(register_optimizer_step_pre_hook(_before_step))
+            _hooks.append(register_optimizer_step_post_hook(_after_step))
         self._watch()
 
     def is_here(self) -> bool:
         """Whether this is the process that attached."""
         return os.getpid() == self._process
 
-    def advance(self) -> None:
-        """An optimizer has stepped that torch tells nothing of."""
-        self._count(None)
-
     def flush(self) -> None:
         """Hand over all that was observed, also of a step that is not over, and write it."""
-        pool, slot = self._take(), self.schedule.flush()
-        if slot is None and self._step is not None:
-            self._step.readings.merge(pool)
-        elif slot is not None:
+        pool, self._pool = self._pool, Readings()
+        if (slot := self.schedule.flush()) is not None:
             self.recorder.add(Pending(slot.step, *slot.due, readings=pool))
+        elif self._step is not None:
+            self._step.readings.merge(pool)
         self.recorder.flush()
         if self._step is not None:  # another optimizer may still step in it
             self.recorder.add(self._step)
@@ -119,7 +108,11 @@ class Wiring:
         # A forward that another thread runs ends with this hook, which takes itself off.
         if self._forward is None or self._forward.thread == threading.get_ident():
             self._after.remove()
-        _unlisten(self)
+        _listeners.remove(self)
+        if not _listeners and not steps_on_stack():
+            for hook in _hooks:
+                hook.remove()
+            _hooks.clear()
         self._gradients.unwatch()
         self._close_forward()
 
@@ -143,13 +136,12 @@ class Wiring:
                 self._depth += 1
                 return
             self._close_forward()  # KeyboardInterrupt skips the hook that closes it
-        schedule = self.schedule
         if not root.training:
-            slot = schedule.eval_forward()
+            slot = self.schedule.eval_forward()
         elif torch.is_grad_enabled():
-            slot = schedule.training_forward()
+            slot = self.schedule.training_forward()
         else:
-            slot = schedule.no_grad_forward()
+            slot = self.schedule.no_grad_forward()
         if slot is None:
             return
         with self.ledger.guard("forward"):
@@ -229,21 +221,21 @@ class Wiring:
 
     def optimizer_begins(self, optimizer: Optimizer) -> None:
         """A step of `optimizer`, which may be another model's, begins."""
-        if not self._is_seen() or "updates" not in self.wanted.kinds:
-            return
         root = self.root()
-        if root is not None and self._index(optimizer) is not None:
-            due = self.schedule.optimizer_begins(optimizer, self._replaces(optimizer))
-            if due.scalars:
+        if root is not None and "updates" in self.wanted.kinds and self._is_seen(optimizer):
+            again = self._optimizers.share(optimizer, self.schedule.stepped)
+            if self.schedule.optimizer_begins(optimizer, again).scalars:
                 self._gradients.remember(root, optimizer)
 
     def optimizer_ends(self, optimizer: Optimizer) -> None:
         """A step of `optimizer` has ended."""
-        if self._is_seen() and self._index(optimizer) is not None:
-            self._count(optimizer)
+        if self._is_seen(optimizer):
+            self.count(optimizer)
 
-    def _count(self, optimizer: Optimizer | None) -> None:
-        schedule, again = self.schedule, self._replaces(optimizer)
+    def count(self, optimizer: Optimizer | None) -> None:
+        """An optimizer has stepped; None is one that torch tells nothing of."""
+        schedule = self.schedule
+        again = self._optimizers.share(optimizer, schedule.stepped)
         begins = schedule.begins_step(optimizer, again)
         if begins:
             self._end_step()
@@ -253,7 +245,7 @@ class Wiring:
         if slot is not None:
             self._step = Pending(slot.step, *slot.due, stepped=True)
             self.recorder.add(self._step)
-        pool = self._take()
+        pool, self._pool = self._pool, Readings()
         root, step = self.root(), self._step  # which another thread may end
         if step is not None and root is not None:
             with self.ledger.guard("optimizer step"):
@@ -283,12 +275,9 @@ class Wiring:
         else:
             self._gradients.unwatch()
 
-    def _take(self) -> Readings:
-        pool, self._pool = self._pool, Readings()
-        return pool
-
-    def _is_seen(self) -> bool:
-        return self.is_on and self.is_here() and not torch.compiler.is_compiling()
+    def _is_seen(self, optimizer: Optimizer) -> bool:
+        is_seen = self.is_on and self.is_here() and not torch.compiler.is_compiling()
+        return is_seen and self._index(optimizer) is not None
 
     def _index(self, optimizer: Optimizer) -> int | None:
         try:
@@ -296,9 +285,6 @@ class Wiring:
         except Exception as error:
             self.ledger.failed("parameters of the optimizer", error)
             return None
-
-    def _replaces(self, optimizer: Optimizer | None) -> bool:
-        return self._optimizers.share(optimizer, self.schedule.stepped)
 
     def _say_absent(self) -> None:
         say_absent(self.root(), self.wanted, self.ledger, self.calls, self.schedule.steps)
@@ -308,26 +294,6 @@ class Wiring:
 # pair of hooks. torch walks over its hooks during a step: none may be taken off before that ends.
 _listeners: list[Wiring] = []
 _hooks: list[RemovableHandle] = []
-
-
-def _listen(wiring: Wiring) -> None:
-    if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(_before_step))
-        _hooks.append(register_optimizer_step_post_hook(_after_step))
-    _listeners.append(wiring)
-
-
-def _unlisten(wiring: Wiring) -> None:
-    _listeners.remove(wiring)
-    sweep()
-
-
-def sweep() -> None:
-    """Take the hooks off where nobody listens any more."""
-    if not _listeners and not steps_on_stack():
-        for hook in _hooks:
-            hook.remove()
-        _hooks.clear()
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

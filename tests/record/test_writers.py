@@ -213,6 +213,9 @@ def test_the_newest_file_is_the_one_that_a_closed_writer_goes_on_in(tmp_path):
     del old
 
 
-@given(st.lists(st.text("ab_/. é\n")), st.sampled_from(["", "run", "/a/b/", "a b"]))
+@given(st.lists(st.text("ab_/. é\n")), st.sampled_from(["", "/", "run", "/a/b/", "a b"]))
 def test_tags_of_many_names_are_those_of_each(names, prefix):
-    assert tags(prefix, names) == list(distinct(tag(prefix, name) for name in names))
+    found = tags(prefix, names)
+    assert found == list(distinct(tag(prefix, name) for name in names))
+    assert all(re.fullmatch("[A-Za-z0-9_./-]*", one) for one in found)
+    assert not any(one.startswith("/") or one.endswith("/") for one in found)

@@ -276,8 +276,7 @@ class Wiring:
             self._gradients.unwatch()
 
     def _is_seen(self, optimizer: Optimizer) -> bool:
-        is_seen = self.is_on and self.is_here() and not torch.compiler.is_compiling()
-        return is_seen and self._index(optimizer) is not None
+        return self.is_on and self.is_here() and self._index(optimizer) is not None
 
     def _index(self, optimizer: Optimizer) -> int | None:
         try:
@@ -297,10 +296,10 @@ _hooks: list[RemovableHandle] = []
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for wiring in tuple(_listeners):
+    for wiring in () if torch.compiler.is_compiling() else tuple(_listeners):
         wiring.optimizer_begins(optimizer)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for wiring in tuple(_listeners):
+    for wiring in () if torch.compiler.is_compiling() else tuple(_listeners):
         wiring.optimizer_ends(optimizer)

@@ -9,11 +9,11 @@ made of parameters (Bayesian layers, adapters, weight norms), or the softmax ent
 """
 
 import enum
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
@@ -71,8 +71,8 @@ class Provenance:
         rows: int | None,
     ) -> None:
         self._found, self._rows = found, rows
-        # A weak reference to the storage, and no tensor: nothing is kept alive for the trace, and
-        # the address is not used again before the reference goes.
+        # A weak reference to the storage: nothing is kept alive for the trace, and the address is
+        # not used again before the reference goes.
         self._marks: dict[int, tuple[StorageWeakRef, _Mark]] = {}
         for tensors, mark in ((buffers, _CONSTANT), (parameters, _PARAMETER)):
             for tensor in tensors:
@@ -118,9 +118,8 @@ class Provenance:
             if kept is not None and kept.heads % width == 0 and width % kept.width:
                 self._mark(output, kept)
         elif weights is None:
-            plain = output.dim() > 0 and not output.is_nested
-            shape = output.shape if plain else torch.Size((1,))
-            self._mark(output, _Scores(shape[:-2].numel(), shape[-1]))
+            shape = (1,) if output.is_nested or not output.dim() else output.shape
+            self._mark(output, _Scores(math.prod(shape[:-2]), shape[-1]))
         elif weights.normal:
             self._seen(weights)
 
@@ -211,8 +210,7 @@ class Provenance:
         return None if marked is None else marked[1]
 
     def _mark(self, tensor: Tensor, mark: _Mark | None) -> None:
-        found = storage_of(tensor)
-        if found is None:
+        if (found := storage_of(tensor)) is None:
             return
         address, storage = found
         if mark is None:

@@ -1,10 +1,10 @@
 """Every private name of torch that bthooks touches: the room for what a new torch may break.
 
 Each function has one test in `tests/test_torch_private.py`, which fails by its name. It says what
-it does, why nothing public does, since which torch its names are there (<= 2.11 is the least that
-is supported, or older), and how it would fail if they changed. Nothing private is touched at
-import. A name that is gone raises an error that names the version of torch (`_private`), by which
-the callers report what rests on it as not measured.
+it does, why nothing public does, since which torch its names are there (<= 2.11: the least that is
+supported, or older), and how it would fail if they changed. Nothing private is touched at import.
+A name that is gone is an error with the version of torch (`_private`): its callers report what
+rests on it as not measured.
 """
 
 import contextlib
@@ -57,17 +57,12 @@ def _calls() -> tuple[CodeType, CodeType]:
 @_private
 def innermost(modules: Container[nn.Module]) -> nn.Module | None:
     """The innermost of `modules` that is called.
-
     Public global module hooks cost new graphs under `torch.compile`. `_call_impl` and
     `_wrapped_call_impl`, torch <= 2.11. Renamed, or written in C: an error. If another function
-    called the modules: None, and `finds_itself` would be False.
-    """
+    called the modules: None, and `finds_itself` would be False."""
     calls = _calls()
-    for frame in _frames():
-        if frame.f_code in calls and frame.f_locals["self"] in modules:
-            module: nn.Module = frame.f_locals["self"]
-            return module
-    return None
+    called = (frame.f_locals["self"] for frame in _frames() if frame.f_code in calls)
+    return next((module for module in called if module in modules), None)
 
 
 @_private
@@ -79,9 +74,7 @@ def calls_on_stack(module: nn.Module) -> int:
 
 def finds_itself(module: nn.Module) -> bool:
     """Whether the call of `module` that runs this, from a hook, is found (torch <= 2.11).
-
-    If not, this version of torch is unknown: `innermost` would place no attention map. No error.
-    """
+    If not, this version of torch is unknown: `innermost` would place no attention map. No error."""
     try:
         return calls_on_stack(module) > 0
     except RuntimeError:
@@ -90,10 +83,7 @@ def finds_itself(module: nn.Module) -> bool:
 
 def steps_on_stack() -> bool:
     """Whether an optimizer's step runs in this thread, or torch's hooks around it.
-
-    Nothing public tells. All of them run in functions of `torch.optim.optimizer`, torch <= 2.11.
-    In another file: False within a step.
-    """
+    Nothing public tells. All run in `torch.optim.optimizer`, torch <= 2.11. Elsewhere: False."""
     return any(frame.f_globals is vars(optimizer) for frame in _frames())
 
 
@@ -105,10 +95,8 @@ def is_running(function: Callable[..., Any]) -> bool:
 @_private
 def find_scaler() -> GradScaler | None:
     """The loss scaler that called the optimizer whose step runs in this thread.
-
-    An optimizer does not know its scaler. `step` or `_maybe_opt_step` calls it, and `_scale` is
-    None until there is one, torch <= 2.11. The former renamed: None; the latter: an error.
-    """
+    An optimizer does not know it. `step` or `_maybe_opt_step` calls it, and `_scale` is
+    None until there is one, torch <= 2.11. The former renamed: None; the latter: an error."""
     for frame in _frames():
         # Of no other frame: f_locals keeps a frame's objects alive as long as the frame lives.
         if frame.f_code.co_name in ("step", "_maybe_opt_step"):
@@ -121,32 +109,27 @@ def find_scaler() -> GradScaler | None:
 @_private
 def scaler_state(scaler: GradScaler) -> tuple[Tensor, Tensor, float]:
     """The scale of `scaler` and its clean steps, on their device, and the scale it began with.
-
     The public `get_scale` and `state_dict` wait for the device. `_scale`, `_growth_tracker` and
-    `_init_scale`, torch <= 2.11. Renamed: an error.
-    """
+    `_init_scale`, torch <= 2.11. Renamed: an error."""
     scale: Any = scaler._scale
     clean: Any = scaler._growth_tracker
     return scale, clean, scaler._init_scale
 
 
-# Dispatch modes and tracing.
+# Dispatch modes, the operators that they see, and tracing.
 
 
 @_private
 def is_traced() -> bool:
     """Whether what runs is traced into a graph, of which ours must not become a part.
-
     `torch.compiler.is_compiling` does not know `make_fx` and fake tensors. `_get_dispatch_mode` and
-    `_TorchDispatchModeKey`, torch <= 2.11. Renamed: an error.
-    """
+    `_TorchDispatchModeKey`, torch <= 2.11. Renamed: an error."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return True
     keys = torch._C._TorchDispatchModeKey
+    modes = (torch._C._get_dispatch_mode(key) for key in (keys.FAKE, keys.PROXY))
     traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # it is public
-    return traced or any(
-        torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY)
-    )
+    return traced or any(mode is not None for mode in modes)
 
 
 @_private
@@ -159,10 +142,8 @@ def _take_off_modes() -> tuple[list[Any], Callable[[Any], None]]:
 @contextlib.contextmanager
 def without_modes() -> Iterator[None]:
     """No dispatch mode sees what runs inside: a FLOP counter counts the model and none of ours.
-
     Publicly none can be left but by whom entered it. `_pop_mode`, `_push_mode` and
-    `_len_torch_dispatch_stack`, torch <= 2.11. Renamed: an error.
-    """
+    `_len_torch_dispatch_stack`, torch <= 2.11. Renamed: an error."""
     modes, push = _take_off_modes()
     try:
         yield
@@ -174,103 +155,10 @@ def without_modes() -> Iterator[None]:
 @_private
 def without_overrides() -> tuple[contextlib.AbstractContextManager[None], ...]:
     """Two contexts in which no mode, of dispatch or of functions, and no subclass sees what runs.
-
     Flags, at a quarter of the cost of `without_modes`; nothing public sets them.
     `DisableTorchFunction` and `_DisableTorchDispatch`, torch <= 2.11. Renamed: an error. If they
-    left a mode on, it would see what is ours.
-    """
+    left a mode on, it would see what is ours."""
     return torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch()
-
-
-# Modules and tensors.
-
-
-@_private
-def is_compiled(module: nn.Module) -> bool:
-    """Whether calls of `module` itself are compiled.
-
-    Nothing public tells. `_compiled_call_impl` is that of `module.compile()`, `_orig_mod` is in
-    what `torch.compile(module)` returns, torch <= 2.11. The former renamed: an error; the latter:
-    False, and hooks are put on that are never called.
-    """
-    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
-
-
-@_private
-def is_normalization(module: nn.Module) -> bool:
-    """Whether `module` is a batch or instance norm, which keeps statistics while it trains.
-
-    Libraries derive from the base, which is not public: `_NormBase`, torch <= 2.11. Renamed: an
-    error.
-    """
-    return isinstance(module, nn.modules.batchnorm._NormBase)
-
-
-@_private
-def version(tensor: Tensor) -> int:
-    """How often `tensor` was written in place; -1 under inference mode, which does not count.
-
-    `torch.autograd.graph` only counts it up. `_version`, torch <= 2.11. Renamed: an error.
-    """
-    return -1 if tensor.is_inference() else tensor._version
-
-
-@_private
-def is_in_functorch(tensor: Tensor) -> bool:
-    """Whether `tensor` stands for others inside `torch.func.grad` or `vmap`, and has no values.
-
-    Nothing public tells. `is_functorch_wrapped_tensor`, torch <= 2.11. Renamed: an error.
-    """
-    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return wrapped
-
-
-@_private
-def norm_of_each(tensors: list[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
-    """The L2 norm of each, computed and returned as `dtype`, 0-d: all in one kernel.
-
-    `nn.utils.get_total_norm` has one for all. `_foreach_norm`, torch <= 2.11. Renamed: an error.
-    """
-    return torch._foreach_norm(tensors, dtype=dtype)
-
-
-@_private
-def leaves_of(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """What lies in `tree`, also in containers that libraries have registered; what rebuilds it.
-
-    There is no public pytree until 2.14. `_pytree`, torch <= 2.11. Moved: an error.
-    """
-    from torch.utils import _pytree
-
-    leaves, spec = _pytree.tree_flatten(tree)
-    return leaves, functools.partial(_pytree.tree_unflatten, treespec=spec)
-
-
-# Backward.
-
-
-@_private
-def backward_pass() -> int:
-    """The number of the backward pass that runs in this thread; -1 for none.
-
-    Nothing public tells. `_current_graph_task_id`, torch <= 2.11. Renamed: an error.
-    """
-    return torch._C._current_graph_task_id()
-
-
-@_private
-def after_backward(callback: Callable[[], None]) -> None:
-    """Call `callback` at the end of the backward pass that runs in this thread.
-
-    That is after DDP's and FSDP2's own, which reduce the gradients; the public
-    `register_multi_grad_hook` comes before. `queue_callback`, torch <= 2.11. Renamed: an error.
-    """
-    # What is queued at the end runs behind what was queued until then.
-    engine = torch.autograd.Variable._execution_engine
-    engine.queue_callback(functools.partial(engine.queue_callback, callback))
-
-
-# Operators, as a dispatch mode sees them.
 
 
 @functools.cache
@@ -299,48 +187,31 @@ def _watching() -> type:
 @_private
 def dispatch_mode(handle: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Any:
     """A context in which each operator of this thread becomes `handle(operator, args, kwargs)`.
-
     Forward hooks see modules and no operators, and `TorchFunctionMode` lies above autograd and
     switches torch.nn's fast paths off. `TorchDispatchMode` and its two switches, torch <= 2.11.
     Without `supports_higher_order_operators` flex_attention raises under a mode; without
-    `ignore_compile_internals` compiled regions run eagerly, and those with fullgraph=True raise.
-    """
+    `ignore_compile_internals` compiled regions run eagerly, and those with fullgraph=True raise."""
     return _watching()(handle)
 
 
 @_private
 def leave(mode: Any) -> None:
     """Take `mode` off the stack of modes, also from below others that an exception left behind.
-
-    Publicly a mode is only left in its own order. `_get_current_dispatch_mode_stack`, `_pop_mode`
-    and `_push_mode`, torch <= 2.11. Renamed: an error.
-    """
-    from torch.utils._python_dispatch import (
-        _get_current_dispatch_mode_stack,
-        _pop_mode,
-        _push_mode,
-    )
-
-    if mode not in _get_current_dispatch_mode_stack():
-        return
-    above = []
-    while (top := _pop_mode()) is not mode:
-        above.append(top)
-    _push_mode(top)
-    mode.__exit__(None, None, None)
-    for other in reversed(above):
-        _push_mode(other)
+    Publicly modes are only left in their order. As `without_modes`, torch <= 2.11, and an error."""
+    modes, push = _take_off_modes()
+    for other in reversed(modes):
+        push(other)
+        if other is mode:
+            mode.__exit__(None, None, None)
 
 
 @_private
 def as_outside_modes() -> contextlib.AbstractContextManager[object]:
     """A context in which `linear` and `matmul`, which a mode is handed whole, run as without one.
-
     Under inference_mode, and inside a mode's handler, the views that they take of a weight lose its
     requires_grad, by which torch chooses between mm and bmm: results are 1e-7 apart. Nothing public
     does it. `_dispatch_tls_set_dispatch_key_excluded`, torch <= 2.11. Renamed: an error; if torch
-    chose otherwise: outputs that differ in their last bits.
-    """
+    chose otherwise: outputs that differ in their last bits."""
     key = torch._C.DispatchKey.ADInplaceOrView
     exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
     if not torch._C._dispatch_tls_is_dispatch_key_excluded(key):
@@ -351,14 +222,61 @@ def as_outside_modes() -> contextlib.AbstractContextManager[object]:
     return after
 
 
+# Modules, tensors, and their backward.
+
+
+@_private
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of `module` itself are compiled.
+    Nothing public tells. `_compiled_call_impl` is that of `module.compile()`, `_orig_mod` is in
+    what `torch.compile(module)` returns, torch <= 2.11. The former renamed: an error; the latter:
+    False, and hooks are put on that are never called."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
+@_private
+def is_normalization(module: nn.Module) -> bool:
+    """Whether `module` is a batch or instance norm, which keeps statistics while it trains.
+    Libraries derive from a base that is private: `_NormBase`, torch <= 2.11. Renamed: an error."""
+    return isinstance(module, nn.modules.batchnorm._NormBase)
+
+
+@_private
+def version(tensor: Tensor) -> int:
+    """How often `tensor` was written in place; -1 under inference mode, which does not count.
+    `torch.autograd.graph` only counts it up. `_version`, torch <= 2.11. Renamed: an error."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@_private
+def is_in_functorch(tensor: Tensor) -> bool:
+    """Whether `tensor` stands for others inside `torch.func.grad` or `vmap`, and has no values.
+    Nothing public tells. `is_functorch_wrapped_tensor`, torch <= 2.11. Renamed: an error."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+@_private
+def norm_of_each(tensors: list[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """The L2 norm of each, computed and returned as `dtype`, 0-d: all in one kernel.
+    `nn.utils.get_total_norm` has one for all. `_foreach_norm`, torch <= 2.11. Renamed: an error."""
+    return torch._foreach_norm(tensors, dtype=dtype)
+
+
+@_private
+def leaves_of(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """What lies in `tree`, also in containers that libraries have registered; what rebuilds it.
+    There is no public pytree until 2.14. `_pytree`, torch <= 2.11. Moved: an error."""
+    from torch.utils import _pytree
+
+    leaves, spec = _pytree.tree_flatten(tree)
+    return leaves, functools.partial(_pytree.tree_unflatten, treespec=spec)
+
+
 @_private
 def own_tensors(modules: Collection[nn.Module]) -> tuple[list[nn.Parameter], list[Tensor]]:
     """The parameters and the buffers that `modules` hold themselves.
-
-    The public `named_parameters(recurse=False)` and `named_buffers` take 18 times as long (370 us
-    for 82 modules), and a model may override them. `_parameters` and `_buffers`, torch <= 2.11.
-    Renamed: an error.
-    """
+    `named_parameters(recurse=False)` and `named_buffers` take 18 times as long (370 us for 82
+    modules); models override them. `_parameters`, `_buffers`, torch <= 2.11. Renamed: an error."""
     parameters = [p for m in modules for p in m._parameters.values() if p is not None]
     return parameters, [b for m in modules for b in m._buffers.values() if b is not None]
 
@@ -366,21 +284,15 @@ def own_tensors(modules: Collection[nn.Module]) -> tuple[list[nn.Parameter], lis
 @_private
 def schema(func: Any) -> torch.FunctionSchema | None:
     """The schema of an operator: its names, defaults, and whether it overwrites; None of others.
-
-    `OpOverload` and its `_schema`, torch <= 2.11; the operator itself has only its name and
-    tags. Renamed: an error.
-    """
+    Only its name and tags are public. `OpOverload`, `_schema`, torch <= 2.11. Gone: an error."""
     return func._schema if isinstance(func, torch._ops.OpOverload) else None
 
 
 @_private
 def storage_of(tensor: Tensor) -> tuple[int, torch.UntypedStorage] | None:
     """The storage of `tensor`, with what it is known by while it lives; None if it has none.
-
-    Parameters inside `torch.func.grad` or `vmap` are wrappers, which a dispatch mode never sees:
-    they are unwrapped. The public `data_ptr` is 0 of every empty one. `_functorch` and `_cdata`:
-    torch <= 2.11. Renamed: an error.
-    """
+    Parameters inside `torch.func.grad` or `vmap` are wrappers, which no mode sees: unwrapped. The
+    public `data_ptr` of empty ones is 0. `_functorch`, `_cdata`, torch <= 2.11. Gone: an error."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
@@ -391,12 +303,27 @@ def storage_of(tensor: Tensor) -> tuple[int, torch.UntypedStorage] | None:
     return storage._cdata, storage
 
 
+@_private
+def backward_pass() -> int:
+    """The number of the backward pass that runs in this thread; -1 for none.
+    Nothing public tells. `_current_graph_task_id`, torch <= 2.11. Renamed: an error."""
+    return torch._C._current_graph_task_id()
+
+
+@_private
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call `callback` at the end of the backward pass that runs in this thread.
+    That is after DDP's and FSDP2's own, which reduce the gradients; the public
+    `register_multi_grad_hook` comes before. `queue_callback`, torch <= 2.11. Renamed: an error."""
+    # What is queued at the end runs behind what was queued until then.
+    engine = torch.autograd.Variable._execution_engine
+    engine.queue_callback(functools.partial(engine.queue_callback, callback))
+
+
 class Hook:
     """A hook that copies as nothing: `nn.Module` keeps hooks where they are copied with it.
-
     deepcopy, pickle and torch.save carry `nullcontext().__exit__` in its place, which takes any
-    arguments and does nothing: copies are silent, and load where bthooks is not installed.
-    """
+    arguments and does nothing: copies are silent, and load where bthooks is not installed."""
 
     def __init__(self, call: Callable[..., None]) -> None:
         self._call = call

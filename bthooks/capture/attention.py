@@ -1,23 +1,14 @@
-"""Capture: the attention maps of one forward, as torch's dispatcher sees them, and who ran them.
-
-In: every operator that runs while the mode is entered; each passes through untouched. Out: the
-accumulators of each attention map, with the path of the module that ran it.
+"""Attention: the maps of one forward, as torch's dispatcher sees them, and who ran them.
 
 Why at the dispatcher, in the manner of `torch.utils.flop_counter`: it lies below autograd and
-autocast, where all attention has come down to three kinds of operator, whatever the architecture.
-From the kind to the numbers:
-
-- an explicit softmax (DeBERTa, T5, eager attention): `softmax.py` follows which tensors are scores,
-  and `measure.attention.sums_of_scores` computes entropy and the others from them;
-- a fused operator (F.scaled_dot_product_attention, FlexAttention, flash-attn, xFormers): `fused.py`
-  reads query, key and mask, and `measure.attention.sums_of_query_key` computes from them;
-- torch.nn's C++ fast paths in eval(): `fused.py` too.
-
-`operators.py` says which operator is which.
+autocast, where all attention has come down to two kinds of operator, whatever the architecture
+(`operators.py`): an explicit softmax (DeBERTa, T5, eager attention), of which `softmax.py` finds
+the scores; and a fused operator (F.scaled_dot_product_attention, FlexAttention, flash-attn,
+torch.nn's C++ fast paths in eval()), of which `fused.py` reads query, key and mask.
 """
 
-import contextlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,7 +28,8 @@ from .operators import FLEX, UNKNOWN, Role, role
 from .softmax import Provenance
 
 _PLAIN = (Tensor, nn.Parameter)
-_PLAINLY: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+_OTHER = Role()
+_PLAINLY: AbstractContextManager[object] = nullcontext()
 _UNSUPPORTED = (
     "unsupported operator: it takes query, key and value, but what it returns is not "
     "softmax(scale query key^T) value as far as its arguments are understood; dropout "
@@ -53,8 +45,6 @@ class AttentionMode:
         paths: the modules that a map may belong to, with their paths.
         found: called with the path of the innermost of them that ran the map, and its accumulators;
             with a doubt, if an operator that is in no table may yet prove to be no attention.
-        rows: the query rows per map that statistics are taken from; None takes all.
-        ledger: told what could not be measured, and why.
     """
 
     def __init__(
@@ -82,7 +72,7 @@ class AttentionMode:
             raise
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        its, outside = Role(), _PLAINLY
+        its, outside = _OTHER, _PLAINLY
         try:  # a guard takes 1.5 us, at each operator
             its = role(func)
             outside = as_outside_modes() if its.chooses else outside
@@ -108,13 +98,11 @@ class AttentionMode:
         if isinstance(output, Tensor) and output.is_meta:
             return
         if its.fused is None:
-            self._provenance.follow(its, args, output)
-            return
+            return self._provenance.follow(its, args, output)
         if its.fused == FLEX:
             with without_modes():
                 sums = fused.sums_of_flex(*args, rows=self._rows)
-            self._map(sums)
-            return
+            return self._map(sums)
         given = its.defaults | dict(zip(its.defaults, args, strict=False)) | kwargs
         first = next((value for value in given.values() if isinstance(value, Tensor)), None)
         if first is None or first.is_meta or not first.numel():

@@ -6,7 +6,6 @@ the forwards that are logged, and for no other.
 
 import functools
 import threading
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,7 +32,6 @@ class ObservedForward:
     Args:
         wanted: of its kinds, attention, activations and uncertainty are captured here.
         scalars, histograms: whether these are due.
-        ledger: told what could not be measured, and why.
     """
 
     def __init__(
@@ -44,7 +42,6 @@ class ObservedForward:
         self._activations: dict[str, Histogram] = {}
         self._maps: dict[str, list[Tensor]] = {}
         self._doubts: dict[str, Doubt] = {}
-        self._averaged: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._mode: AttentionMode | None = None
         paths = module_names(root)
@@ -52,7 +49,10 @@ class ObservedForward:
         try:
             self._trail.open()
             if histograms and "activations" in wanted.kinds:
-                self._hook_activations(paths)
+                for module in observable(paths):
+                    if wanted.selected(path := paths[module]):
+                        hook = Hook(functools.partial(self._activation, path))
+                        self._handles.append(module.register_forward_hook(hook))
             if scalars and "attention" in wanted.kinds:
                 if not finds_itself(root):
                     ledger.warn_once(
@@ -90,11 +90,13 @@ class ObservedForward:
         with ledger.guard("finite values"):
             readings.forwards = [self._trail.ended(root, output)]
         for path, maps in self._maps.items():
-            for index, sums in enumerate(maps):
-                name = f"{path}/{index}" if index else path
-                readings.attention[name] = sums
-                if path in self._doubts:
-                    readings.doubts[name] = self._doubts[path]
+            with ledger.guard(f"attention of {path}"):
+                few = maps if len(maps) <= 4 else [functools.reduce(merge, maps)]
+                for index, sums in enumerate(few):
+                    name = f"{path}/{index}" if index else path
+                    readings.attention[name] = sums
+                    if path in self._doubts:
+                        readings.doubts[name] = self._doubts[path]
         ledger.captured("attention", readings.attention)
         for path, found in self._activations.items():
             readings.histograms[Drawn("activations", path)] = found
@@ -106,22 +108,11 @@ class ObservedForward:
                 ledger.captured("uncertainty", kinds)
         return readings
 
-    def _hook_activations(self, paths: Mapping[nn.Module, str]) -> None:
-        for module in observable(paths):
-            if self._wanted.selected(path := paths[module]):
-                hook = Hook(functools.partial(self._activation, path))
-                self._handles.append(module.register_forward_hook(hook))
-
     def _map(self, path: str, sums: Tensor, doubt: Doubt | None) -> None:
-        if not self._wanted.selected(path):
-            return
-        if doubt is not None:
-            self._doubts[path] = doubt
-        maps = self._maps.setdefault(path, [])
-        maps.append(sums)
-        if len(maps) > 4 or path in self._averaged:
-            self._averaged.add(path)
-            maps[:] = [functools.reduce(merge, maps)]
+        if self._wanted.selected(path):
+            self._maps.setdefault(path, []).append(sums)
+            if doubt is not None:
+                self._doubts[path] = doubt
 
     def _activation(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
         try:

@@ -1,8 +1,5 @@
 """Fused: attention inside one operator, measured from what the operator was given. Pure.
 
-In: the operator's arguments by name, and how they are read (`operators.Fused`). Out: the
-accumulators of the map, as `measure/attention.py` takes them from query and key.
-
 The scores exist only inside the kernel, so they are computed again, some query rows at a time. The
 tables say what the arguments mean. For an operator of no table each meaning that fits the shapes is
 tried, and what the operator returned shows which is right: `_sums_of_unknown`.
@@ -22,6 +19,15 @@ from .operators import ARGUMENTS, CHANGING, HARMLESS, LAYER, UNKNOWN, Fused
 
 _MEANING = {alias: name for name, aliases in ARGUMENTS.items() for alias in aliases}
 _CHECKED = 16  # query rows whose output is compared
+# What makes (batch, heads, length, features) of query, key, value and output, by their dimensions.
+_LAYOUTS: Mapping[int, Mapping[str, Callable[[Tensor], Tensor]]] = {
+    3: {
+        "blhd": lambda x: x.transpose(0, 1)[None],  # (L, H, d), or all samples in a row
+        "bld": lambda x: x[:, None],  # (B H, L, d)
+        "bhld": lambda x: x[None],  # (H, L, d)
+    },
+    4: {"blhd": lambda x: x.transpose(1, 2), "bhld": lambda x: x},
+}
 
 
 def read(fused: Fused, given: Mapping[str, Any]) -> tuple[Fused, Mapping[str, Any]]:
@@ -55,19 +61,14 @@ def sums_of(
         return _sums_of_layer(arguments, rows)
     if fused == UNKNOWN:
         return _sums_of_unknown(arguments, output, rows)
-    query, key = (_heads_first(arguments[name], fused.layout) for name in ("query", "key"))
+    query, key = (
+        _LAYOUTS[arguments[name].dim()][fused.layout](arguments[name]) for name in ("query", "key")
+    )
     mask_type = arguments["mask_type"]
     causal = arguments["causal"] if mask_type is None else mask_type > 0
     corner = "bottom right" if mask_type == 2 else fused.corner
     scoring = _scoring(arguments, query, key, corner if causal else None)
     return sums_of_query_key(query, key, rows=rows, **scoring)
-
-
-def _heads_first(x: Tensor, layout: str) -> Tensor:
-    """As `(batch, heads, length, features)`."""
-    if layout == "bhld":
-        return x
-    return x.transpose(1, 2) if x.dim() == 4 else x.transpose(0, 1)[None]
 
 
 def _scoring(
@@ -80,11 +81,9 @@ def _scoring(
     )
     left, right = _window(arguments)
     special = (starts_q, starts_k, slopes, softcap or None, left, right)
-    if all(value is None for value in special):
-        if corner is None:
-            return scoring
-        if corner == "top left" or query.shape[-2] == key.shape[-2]:
-            return scoring | {"is_causal": True}
+    is_plain = all(value is None for value in special)
+    if is_plain and (corner != "bottom right" or query.shape[-2] == key.shape[-2]):
+        return scoring | {"is_causal": corner is not None}
     sample_q, row, length_q = _places(query, starts_q)
     sample_k, column, length_k = _places(key, starts_k)
 
@@ -119,10 +118,8 @@ def _window(arguments: Mapping[str, Any]) -> tuple[int | None, int | None]:
         left = window - 1
     elif isinstance(window, tuple | list) and len(window) == 2:
         left, right = window
-    return (
-        None if left is None or left < 0 else left,
-        None if right is None or right < 0 else right,
-    )
+    left, right = (None if side is None or side < 0 else side for side in (left, right))
+    return left, right
 
 
 def _places(x: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,7 +143,7 @@ def _sums_of_unknown(arguments: Mapping[str, Any], output: Any, rows: int | None
     here knows is found out by it.
     """
     output = output[0] if isinstance(output, tuple | list) and output else output
-    parts = [*(arguments[name] for name in ("query", "key", "value")), output]
+    parts = [arguments["query"], arguments["key"], arguments["value"], output]
     if not all(isinstance(part, Tensor) for part in parts):
         return None
     found: list[Tensor] = []
@@ -182,19 +179,11 @@ def _corners(arguments: Mapping[str, Any], query: Tensor, key: Tensor) -> Iterat
 
 
 def _layouts(*parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Query, key, value and output as `(batch, heads, length, d)`, in every order that fits."""
-    orders: dict[int, list[Callable[[Tensor], Tensor]]] = {
-        3: [
-            lambda x: x.transpose(0, 1)[None],  # (L, H, d), or all samples in a row
-            lambda x: x[:, None],  # (B H, L, d)
-            lambda x: x[None],  # (H, L, d)
-        ],
-        4: [lambda x: x.transpose(1, 2), lambda x: x],  # (B, L, H, d), (B, H, L, d)
-    }
+    """Query, key, value and output as `(batch, heads, length, d)`, in every layout that fits."""
     if len({part.dim() for part in parts}) > 1:
         return
-    for order in orders.get(parts[0].dim(), []):
-        q, k, v, o = (order(part) for part in parts)
+    for heads_first in _LAYOUTS.get(parts[0].dim(), {}).values():
+        q, k, v, o = map(heads_first, parts)
         (batch, heads, length, width), (_, key_heads, keys, _) = q.shape, k.shape
         fits = k.shape == (batch, key_heads, keys, width) and heads % key_heads == 0
         fits = fits and v.shape[:-1] == k.shape[:-1]
@@ -266,24 +255,17 @@ def _sums_of_layer(given: Mapping[str, Any], rows: int | None) -> Tensor:
     if query.is_nested:
         # Padding in eval: what is left of each sample, (L_i, D), sees all that is left of it.
         samples = zip(query.unbind(), key.unbind(), strict=True)
-        return reduce(
-            merge,
-            (_sums_of_heads(q[None], k[None], None, given, rows) for q, k in samples if len(q)),
-        )
+        layer = dict(given) | {"norm_first": False, "mask": None}
+        each = (layer | {"src": q[None], "key": k[None]} for q, k in samples if len(q))
+        return reduce(merge, (_sums_of_layer(sample, rows) for sample in each))
     mask = given.get("mask")
     visible = None if mask is None else mask == 0  # the kernels hide whatever is not zero
     if visible is not None and given.get("mask_type") == 1:  # padding, (B, S)
         visible = visible[:, None, None]
-    return _sums_of_heads(query, key, visible, given, rows)
-
-
-def _sums_of_heads(
-    query: Tensor, key: Tensor, mask: Tensor | None, given: Mapping[str, Any], rows: int | None
-) -> Tensor:
     heads = given["num_heads"] if "num_heads" in given else given["num_head"]
     weights, biases = given["qkv_weight"].chunk(3), given["qkv_bias"].chunk(3)
     q, k = (
         F.linear(x, w, b).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, L, D) -> (B, H, L, d)
         for x, w, b in zip((query, key), weights, biases, strict=False)
     )
-    return sums_of_query_key(q, k, mask=mask, rows=rows)
+    return sums_of_query_key(q, k, mask=visible, rows=rows)

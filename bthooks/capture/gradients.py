@@ -27,12 +27,7 @@ from .wanted import Wanted
 
 
 class Gradients:
-    """The gradients and parameters of a model, as its optimizers step.
-
-    Args:
-        wanted: of its kinds, gradients, learning_rate, histograms and updates are measured here.
-        ledger: told what could not be measured.
-    """
+    """The gradients, rates, histograms and updates of a model, as its optimizers step."""
 
     def __init__(self, wanted: Wanted, ledger: Ledger) -> None:
         self._wanted, self._ledger = wanted, ledger
@@ -79,12 +74,12 @@ class Gradients:
         model = root()
         if model is not None and self._watched:
             with self._ledger.guard("gradients before clipping"):
-                self._before_clip = self._norms(self.names(model, None))
+                self._before_clip = self._norms(self._names(model, None))
 
     def remember(self, root: nn.Module, optimizer: Optimizer) -> None:
         """Keep the parameters as they are before the step of `optimizer`."""
         with self._ledger.guard("update ratios"):
-            names = self.names(root, optimizer)
+            names = self._names(root, optimizer)
             self._former = {name: p.detach().clone() for p, name in names.items()}
 
     def measure(
@@ -104,8 +99,7 @@ class Gradients:
         Args:
             optimizer: None for one that is no torch.optim.Optimizer.
             index: its number among several.
-            steps: the steps done before.
-            scalars, histograms: whether these are due.
+            steps: done before.
             others: what other optimizers hold, if this is the first one of its step: it brings
                 the histograms of the parameters that none holds.
         """
@@ -113,13 +107,13 @@ class Gradients:
             self._measure_optimizer(optimizer, index, steps, readings)
         if self._is_flattened(root):
             return
-        names = self.names(root, optimizer)
+        names = self._names(root, optimizer)
         if scalars:
             self._measure_norms(names, readings)
         if histograms and "histograms" in self._wanted.kinds:
             with self._ledger.guard("histograms"):
                 if others is not None:
-                    every = self.names(root, None).items()
+                    every = self._names(root, None).items()
                     names = {p: name for p, name in every if p not in others}
                 self._measure_histograms(names, readings)
 
@@ -135,29 +129,31 @@ class Gradients:
         self._ledger.captured("histograms", names.values())
 
     def _measure_norms(self, names: Mapping[nn.Parameter, str], readings: Readings) -> None:
+        named = {name: p for p, name in names.items()}
         former, self._former = self._former, {}
         applied: dict[str, Tensor] = {}
         change: dict[str, Tensor] = {}
         size: dict[str, Tensor] = {}
-        if "gradients" in self._wanted.kinds:
+        parts: list[Mapping[str, Tensor]] = []
+        kinds = self._wanted.kinds
+        # Whatever failed on this rank, and whatever it has: the others wait for it.
+        if "gradients" in kinds:
             with self._ledger.guard("gradients"):
                 applied = self._norms(names)
-        with self._ledger.guard("update ratios"):
-            after = {name: p.detach() for p, name in names.items() if name in former}
-            change = norms({name: p - former[name] for name, p in after.items()})
-            size = norms({name: former[name] for name in after})
-        own = set(names.values())
-        before_clip = {name: norm for name, norm in self._before_clip.items() if name in own}
-        # Whatever failed on this rank, and whatever it has: the others wait for it.
-        parts = [applied, before_clip] if "gradients" in self._wanted.kinds else []
-        parts += [change, size] if "updates" in self._wanted.kinds else []
+            parts += applied, {n: norm for n, norm in self._before_clip.items() if n in named}
+        if "updates" in kinds:
+            with self._ledger.guard("update ratios"):
+                after = {name: p.detach() for name, p in named.items() if name in former}
+                change = norms({name: p - former[name] for name, p in after.items()})
+                size = norms({name: former[name] for name in after})
+            parts += change, size
         with self._ledger.guard("norms"):
-            wholes = whole_norms({name: p for p, name in names.items()}, parts)
-            if "gradients" in self._wanted.kinds:
+            wholes = whole_norms(named, parts)
+            if "gradients" in kinds:
                 readings.norms |= wholes[0]
                 readings.norms_before_clip |= wholes[1]
                 self._ledger.captured("gradients", applied)
-            if "updates" in self._wanted.kinds:
+            if "updates" in kinds:
                 found = ratios(*wholes[-2:])
                 readings.update_ratios |= found
                 self._ledger.captured("updates", found)
@@ -172,8 +168,7 @@ class Gradients:
                 readings.base_rates |= learning_rates(optimizer, index, "initial_lr")
                 self._ledger.captured("learning_rate", rates)
         with self._ledger.guard("loss scale"):
-            scaler = find_scaler()
-            if scaler is not None:
+            if (scaler := find_scaler()) is not None:
                 readings.scaling = scaling(scaler, optimizer, steps)
 
     def _is_flattened(self, root: nn.Module) -> bool:
@@ -201,12 +196,8 @@ class Gradients:
                     found |= norms({name: gradient})
             return found
 
-    def names(self, root: nn.Module, optimizer: Optimizer | None) -> dict[nn.Parameter, str]:
+    def _names(self, root: nn.Module, optimizer: Optimizer | None) -> dict[nn.Parameter, str]:
         """The selected parameters that `optimizer` holds; all selected ones for None."""
-        names = {
-            p: name for p, name in parameter_names(root).items() if self._wanted.selected(name)
-        }
-        if optimizer is None:
-            return names
-        own = held(optimizer)
-        return {p: name for p, name in names.items() if p in own}
+        names, selected = parameter_names(root), self._wanted.selected
+        own = None if optimizer is None else held(optimizer)
+        return {p: n for p, n in names.items() if (own is None or p in own) and selected(n)}

@@ -1,7 +1,5 @@
 """Trail: what the modules of one forward were given and made.
 
-In: hooks on the modules, for this forward. Out: a `Forward`.
-
 What a module was given is looked at when it has ended, with what it made: half as many hooks. One
 that overwrites it is known by its attribute `inplace`, as torch's are, or by returning it.
 """
@@ -28,17 +26,12 @@ from ..torch_private import (
     without_overrides,
 )
 
-_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-_DTYPES |= {torch.complex64, torch.complex128}
+_REAL = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_DTYPES = _REAL | {torch.complex64, torch.complex128}
 
 
 class Trail:
-    """Follows one forward.
-
-    Args:
-        paths: the modules of the model, with their paths.
-        ledger: told what could not be looked at.
-    """
+    """Follows one forward of a model, of whose modules these are the paths."""
 
     def __init__(self, paths: Mapping[nn.Module, str], ledger: Ledger) -> None:
         self._paths, self._ledger = paths, ledger
@@ -115,8 +108,7 @@ class Trail:
         found = self._seen.get(id(tensor))
         if found is not None and found[0]() is tensor and (is_former or found[1] == written):
             return found[2]
-        part = local(tensor)
-        if not _is_readable(part):
+        if not _is_readable(part := local(tensor)):
             return None
         pair = extremes(part)
         self._seen[id(tensor)] = weakref.ref(tensor), written, pair
@@ -130,14 +122,13 @@ def observable(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     (eval), one in a compiled module is never called, one on a scripted module is refused.
     """
     fast = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
-    root, *modules = modules
+    root, *below = modules
     hidden: set[nn.Module] = set()
-    for module in (root, *modules):
-        scripted = isinstance(module, torch.jit.ScriptModule)
-        fast_now = isinstance(module, fast) and not module.training
-        if scripted or fast_now or is_compiled(module):
+    for module in (root, *below):
+        is_fast = isinstance(module, fast) and not module.training
+        if is_fast or isinstance(module, torch.jit.ScriptModule) or is_compiled(module):
             hidden.update(module.modules())
-    return (module for module in modules if module not in hidden)
+    return (module for module in below if module not in hidden)
 
 
 def _is_readable(tensor: Tensor) -> bool:

@@ -1,16 +1,12 @@
 """Operators: every operator name that we know, in tables, as `torch.utils.flop_counter` has them.
 
-`FUSED` is of operators that compute attention as a whole: `fused.py` reads their arguments. The
-others are the parts that an explicit attention is made of, which `softmax.py` follows. A library's
-kernel that is no operator of torch can't be seen at all: Transformer Engine's own (pybind) and what
-is launched from Triton; where Transformer Engine calls flash-attn, that is seen.
-
+A library's kernel that is no operator of torch can't be seen at all: Transformer Engine's own
+(pybind) and what is launched from Triton; where Transformer Engine calls flash-attn, that is seen.
 By name and not by overload: `add` is `add_`, and under inference_mode `matmul` and `linear` come
 whole, as many others do.
 """
 
 import functools
-from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -21,22 +17,20 @@ from ..torch_private import schema
 class Fused(NamedTuple):
     """How the arguments of an operator that computes attention as a whole are read.
 
-    Attributes:
-        layout: of query, key and value: "bhld" is (batch, heads, length, features); "blhd" is
-            (batch, length, heads, features) or (rows of all samples, heads, features). "flex" and
-            "layer" have functions of their own; "unknown" is found out from what was returned.
-        corner: where causality begins. "top left": row i sees the keys 0..i; "bottom right": the
-            last row sees all keys.
+    The layout "bhld" is (batch, heads, length, features); "blhd" is (batch, length, heads,
+    features) or (rows of all samples, heads, features). "flex" and "layer" have functions of their
+    own; "unknown" is found out from what was returned.
     """
 
-    layout: str
-    corner: str = "top left"
+    layout: str  # of query, key and value
+    corner: str = "top left"  # of causality: row i sees the keys 0..i; "bottom right": the last all
 
 
 FLEX, LAYER, SDPA, UNKNOWN = Fused("flex"), Fused("layer"), Fused("bhld"), Fused("unknown")
 _FLASH, _EFFICIENT = Fused("blhd", "bottom right"), Fused("blhd")
 
 _SDPA = "aten::_scaled_dot_product_"  # and the name of a kernel: those to come, too
+# Operators that compute attention as a whole: `fused.py` reads their arguments.
 FUSED = {
     # torch.nn.MultiheadAttention and TransformerEncoderLayer in eval(): their C++ fast paths
     "aten::_native_multi_head_attention": LAYER,
@@ -81,6 +75,7 @@ ARGUMENTS = {
     "slopes": ("alibi_slopes",),
     "softcap": ("softcap",),
 }
+_TOLD_BY = ("query", "key", "value")  # an operator in no table that has these may be attention
 # Where another tensor is given than these and those above, the scores are made of more than we read
 # (pages of a cache, lengths, rotations, scales of float8): what the operator returned has to show.
 HARMLESS = {"out", "out_", "output", "dropout_mask", "scheduler_metadata", "rng_state"}
@@ -94,7 +89,7 @@ _DECOMPOSED = {
 # Whether these call mm or bmm depends on what they are run in.
 _CHOOSING = {"linear", "matmul"}
 
-# What is a part of an explicit attention: by name, the part.
+# What is a part of an explicit attention, which `softmax.py` follows: by name, the part.
 _PARTS = {
     **dict.fromkeys(("convolution", "conv1d", "conv2d", "conv3d"), "convolution"),
     **dict.fromkeys(("_softmax", "_safe_softmax", "softmax"), "softmax"),
@@ -125,29 +120,17 @@ _KEEPING = {
 
 
 class Role(NamedTuple):
-    """What an operator is to attention.
+    """What an operator is to attention."""
 
-    Attributes:
-        fused: how it is read, if it computes attention as a whole.
-        defaults: then, its arguments in their order, with their defaults.
-        part: of an explicit attention: "product", "softmax", ...; "" for any other.
-        product: the place of the first factor, if it is a product.
-        keeps: whether what it makes of scores are scores.
-        mutates: whether it overwrites an argument.
-        is_view: whether what it returns has the storage of what it was given.
-        decomposes: whether the mode is to see what it is made of instead.
-        chooses: whether what it calls depends on what it is run in.
-    """
-
-    fused: Fused | None = None
-    defaults: dict[str, Any] = {}  # noqa: RUF012  # of a NamedTuple, never written to
-    part: str = ""
-    product: int = 0
-    keeps: bool = False
-    mutates: bool = False
-    is_view: bool = False
-    decomposes: bool = False
-    chooses: bool = False
+    fused: Fused | None = None  # how it is read, if it computes attention as a whole
+    defaults: dict[str, Any] = {}  # noqa: RUF012  # then its arguments in order; never written to
+    part: str = ""  # of an explicit attention: "product", "softmax", ...
+    product: int = 0  # the place of the first factor, if it is a product
+    keeps: bool = False  # whether what it makes of scores are scores
+    mutates: bool = False  # whether it overwrites an argument
+    is_view: bool = False  # whether what it returns has the storage of what it was given
+    decomposes: bool = False  # whether the mode is to see what it is made of instead
+    chooses: bool = False  # whether what it calls depends on what it is run in
 
 
 @functools.cache
@@ -164,7 +147,12 @@ def role(func: Any) -> Role:
     if is_default and name in _DECOMPOSED:
         return Role(decomposes=True)
     defaults = {argument.name: argument.default_value for argument in signature.arguments}
-    fused = None if "backward" in name else _fused(signature.name, defaults)
+    fused = FUSED.get(signature.name)
+    if fused is None and "backward" not in name:
+        if signature.name.startswith(_SDPA):
+            fused = SDPA
+        elif not is_aten and all(defaults.keys() & ARGUMENTS[part] for part in _TOLD_BY):
+            fused = UNKNOWN
     if not is_aten or fused is not None:
         return Role(fused, defaults)
     return Role(
@@ -175,12 +163,3 @@ def role(func: Any) -> Role:
         is_view=name in _VIEWS,
         chooses=is_default and name in _CHOOSING,
     )
-
-
-def _fused(name: str, arguments: Collection[str]) -> Fused | None:
-    if name in FUSED or name.startswith(_SDPA):
-        return FUSED.get(name, SDPA)
-    takes_attention = all(
-        any(alias in arguments for alias in ARGUMENTS[part]) for part in ("query", "key", "value")
-    )
-    return UNKNOWN if takes_attention and not name.startswith("aten::") else None

@@ -50,10 +50,11 @@ class Optimizers:
         if optimizer is None:
             return False
         known = self._shared.setdefault(optimizer, weakref.WeakKeyDictionary())
-        for other in stepped:
-            if isinstance(other, Optimizer) and other not in known:
+        others = [other for other in stepped if isinstance(other, Optimizer)]
+        for other in others:
+            if other not in known:
                 known[other] = not held(optimizer).isdisjoint(held(other))
-        return any(known.get(other) for other in stepped if isinstance(other, Optimizer))
+        return any(known[other] for other in others)
 
     def recheck(self) -> None:
         """Look at all again: their parameters may have become the model's."""
@@ -78,15 +79,10 @@ class Probe:
 
         By its value: `p.data` keeps the version.
         """
-        own = [
-            p
-            for _, p in root.named_parameters()
-            if p.requires_grad and not (is_lazy(p) or p.is_meta)
-        ]
+        every = (p for _, p in root.named_parameters() if p.requires_grad)
+        own = [p for p in every if not (is_lazy(p) or p.is_meta)]
         if not own:
             return None
-        smallest = local(min(own, key=torch.numel).detach())
-        before, self._last = self._last, ([id(p) for p in own], smallest.clone())
-        if before is None or before[0] != self._last[0]:
-            return None
-        return (before[1] != smallest).any()
+        smallest, ids = local(min(own, key=torch.numel).detach()), [id(p) for p in own]
+        before, self._last = self._last, (ids, smallest.clone())
+        return (before[1] != smallest).any() if before and before[0] == ids else None

@@ -1,9 +1,5 @@
 """Softmax: which tensors of one forward are attention scores or weights, by their provenance.
 
-In: each operator with its arguments and its output. Out: the accumulators of each attention map
-whose softmax is an operator of its own (DeBERTa, T5, eager attention), as `measure/attention.py`
-takes them from the scores.
-
 A softmax alone says nothing: routers, codebooks and classifiers have one too. What tells is what it
 descends from. Scores are a product of two activations. They stay scores through element-wise and
 view operators and through a product with a parameter over the heads (talking heads). The softmax
@@ -12,6 +8,8 @@ attention map. So a router, a codebook or a vocabulary is none: the one factor i
 made of parameters (Bayesian layers, adapters, weight norms), or the softmax enters no product.
 """
 
+import enum
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,54 +23,35 @@ from ..torch_private import storage_of, without_modes
 from .operators import Role
 
 
-@dataclass(frozen=True)
-class _Parameter:
-    """A parameter, or what is made of parameters and constants alone."""
+class _Made(enum.Enum):
+    PARAMETER = enum.auto()  # of parameters and constants alone
+    CONSTANT = enum.auto()  # a buffer, noise, a range; with a parameter of its size it is one
+    NORM = enum.auto()  # what makes weights of exp(scores): their sum over the keys, or its log
 
 
-@dataclass(frozen=True)
-class _Constant:
-    """A buffer, noise, a range, a product of parameters: with a parameter of its size it is one."""
+_PARAMETER, _CONSTANT, _NORM = _Made
+_KNOWN = (_PARAMETER, _CONSTANT)
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """Scores.
-
-    Args:
-        heads, width: the batches times heads of the product that made them, and its last size.
-        keys: the columns that are keys, where others are sinks.
-        normal: whether their exp is weights: a log_softmax, or what a norm was taken off.
-    """
-
-    heads: int
-    width: int
-    keys: slice | None = None
-    normal: bool = False
+    heads: int  # of the product that made them, times its batches
+    width: int  # its last size
+    keys: slice | None = None  # the columns that are keys, where others are sinks
+    normal: bool = False  # whether their exp is weights: a log_softmax, or a norm was taken off
 
 
 @dataclass
 class _Weights:
-    """Weights, or exp(scores) on the way to them: an attention map once they enter a product.
+    """Weights, or exp(scores) on the way to them: an attention map once they enter a product."""
 
-    Args:
-        heads, width: as of the scores.
-        sums: their accumulators; None once they were handed out, or before they are normal.
-        normal: whether their rows sum to 1.
-    """
-
-    heads: int
+    heads: int  # these as of the scores
     width: int
-    sums: Tensor | None
-    normal: bool
+    sums: Tensor | None  # accumulators; None once they were handed out, or before it is normal
+    normal: bool  # whether the rows sum to 1
 
 
-@dataclass(frozen=True)
-class _Norm:
-    """What makes weights of exp(scores): their sum over the keys, or its logarithm."""
-
-
-_Mark = _Parameter | _Constant | _Scores | _Weights | _Norm
+_Mark = _Made | _Scores | _Weights
 
 
 class Provenance:
@@ -82,7 +61,6 @@ class Provenance:
         parameters: a product with one of these, or with what is made of them, makes no scores.
         buffers: the model's constants.
         found: called with the accumulators of each attention map.
-        rows: the query rows per map that statistics are taken from; None takes all.
     """
 
     def __init__(
@@ -93,10 +71,10 @@ class Provenance:
         rows: int | None,
     ) -> None:
         self._found, self._rows = found, rows
-        # A weak reference to the storage, and no tensor: nothing is kept alive for the trace, and
-        # the address is not used again before the reference goes.
+        # A weak reference to the storage: nothing is kept alive for the trace, and the address is
+        # not used again before the reference goes.
         self._marks: dict[int, tuple[StorageWeakRef, _Mark]] = {}
-        for tensors, mark in ((buffers, _Constant()), (parameters, _Parameter())):
+        for tensors, mark in ((buffers, _CONSTANT), (parameters, _PARAMETER)):
             for tensor in tensors:
                 if not is_lazy(tensor):
                     self._mark(tensor, mark)
@@ -119,7 +97,7 @@ class Provenance:
         elif part == "copy" and isinstance(self._of(args[0]), _Scores) and _is_whole(args[0]):
             self._mark(args[0], self._of(args[1]))  # a buffer that is used again
         elif part in ("logsumexp", "sum") and self._is_norm(part, args):
-            self._mark(output, _Norm())
+            self._mark(output, _NORM)
         else:
             self._carry(role, args, output)
             if part == "cat":
@@ -129,11 +107,10 @@ class Provenance:
         marks = self._of(a), self._of(b)
         weights = next((mark for mark in marks if isinstance(mark, _Weights)), None)
         scores = next((mark for mark in marks if isinstance(mark, _Scores)), None)
-        by_parameter = any(isinstance(mark, _Parameter) for mark in marks)
+        by_parameter = _PARAMETER in marks
         # Two batches of constants are attention among learnt queries, as of an object detector.
-        known = all(isinstance(mark, _Parameter | _Constant) for mark in marks)
-        if known and (by_parameter or output.dim() == 2):
-            self._mark(output, _Constant())
+        if all(mark in _KNOWN for mark in marks) and (by_parameter or output.dim() == 2):
+            self._mark(output, _CONSTANT)
         elif by_parameter:
             # A sum over the heads changes nothing. One over features ends what was attention; those
             # of a linear attention, q @ state, are its heads times the last size of that product.
@@ -141,8 +118,8 @@ class Provenance:
             if kept is not None and kept.heads % width == 0 and width % kept.width:
                 self._mark(output, kept)
         elif weights is None:
-            heads, width = (1, 1) if output.is_nested else _extent(output)
-            self._mark(output, _Scores(heads, width))
+            shape = (1,) if output.is_nested or not output.dim() else output.shape
+            self._mark(output, _Scores(math.prod(shape[:-2]), shape[-1]))
         elif weights.normal:
             self._seen(weights)
 
@@ -151,15 +128,13 @@ class Provenance:
         if not isinstance(mark, _Scores) or not _is_last(dim, scores):
             return
         if logarithm:
-            self._mark(output, replace(mark, normal=True))
+            return self._mark(output, replace(mark, normal=True))
+        if output.data_ptr() == scores.data_ptr():  # softmax(..., out=scores)
+            sums = self._sums_of_weights(output)
         else:
-            overwritten = output.data_ptr() == scores.data_ptr()  # softmax(..., out=scores)
-            sums = self._sums_of_weights(output) if overwritten else self._sums(scores, mark)
-            self._mark(output, _Weights(mark.heads, mark.width, sums, normal=True))
-
-    def _sums(self, scores: Tensor, mark: _Scores) -> Tensor:
-        with without_modes():
-            return sums_of_scores(scores.detach(), keys=mark.keys, rows=self._rows)
+            with without_modes():
+                sums = sums_of_scores(scores.detach(), keys=mark.keys, rows=self._rows)
+        self._mark(output, _Weights(mark.heads, mark.width, sums, normal=True))
 
     def _sums_of_weights(self, weights: Tensor) -> Tensor | None:
         if not _is_last(-1, weights):
@@ -179,25 +154,19 @@ class Provenance:
 
     def _cat(self, tensors: Sequence[Tensor], dim: int = 0, *, output: Tensor) -> None:
         """Sinks are scores that were learnt, put beside those of the keys (GPT-OSS)."""
-        marks = [self._of(tensor) for tensor in tensors]
-        scores = [mark for mark in marks if isinstance(mark, _Scores)]
-        if len(tensors) == 2 and len(scores) == 1 and _is_last(dim, output):
-            at, width = marks.index(scores[0]), tensors[0].shape[-1]
-            keys = slice(width, None) if at else slice(0, width)
-            self._mark(output, replace(scores[0], keys=keys))
+        scores = [at for at, t in enumerate(tensors) if isinstance(self._of(t), _Scores)]
+        mark = self._of(tensors[scores[0]]) if len(scores) == 1 else None
+        if len(tensors) == 2 and isinstance(mark, _Scores) and _is_last(dim, output):
+            width = tensors[0].shape[-1]
+            keys = slice(width, None) if scores == [1] else slice(0, width)
+            self._mark(output, replace(mark, keys=keys))
 
     def _carry(self, role: Role, args: tuple[Any, ...], output: Any) -> None:
-        tensors: list[Tensor] = []
-        for a in args:
-            if isinstance(a, Tensor):
-                tensors.append(a)
-            elif isinstance(a, list | tuple):
-                tensors += [t for t in a if isinstance(t, Tensor)]
+        tensors = _tensors(args)
         marks = [self._of(tensor) for tensor in tensors]
         if tensors and not any(marks) and role.part != "fill":
             return
-        outputs = output if isinstance(output, list | tuple) else [output]
-        outputs = [o for o in outputs if isinstance(o, Tensor) and o.is_floating_point()]
+        outputs = [o for o in _tensors([output]) if o.is_floating_point()]
         if not outputs:
             return
         kept: _Mark | None = None
@@ -206,11 +175,12 @@ class Provenance:
                 same = role.keeps or tensor.numel() == outputs[0].numel()  # a norm, say
                 kept = mark if same else None
                 break
-            if isinstance(mark, _Scores | _Norm) and role.keeps and not isinstance(kept, _Scores):
+            is_part = mark is _NORM or isinstance(mark, _Scores)
+            if is_part and role.keeps and not isinstance(kept, _Scores):
                 kept = mark
         if isinstance(kept, _Weights) and kept.width == 1 and role.part == "mul":
             self._seen(kept)  # the product with the value of the only key
-        if any(isinstance(mark, _Norm) for mark in marks):
+        if _NORM in marks:
             if isinstance(kept, _Scores):
                 kept = replace(kept, normal=True)
             elif isinstance(kept, _Weights):  # whatever was masked since
@@ -218,32 +188,20 @@ class Provenance:
         if kept is not None:
             self._mark(outputs[0], kept)
         elif not any(tensor.is_nested for tensor in (*tensors, *outputs)):
-            self._settle(role, tensors, marks, outputs)
+            self._settle(role, list(zip(tensors, marks, strict=True)), outputs)
 
     def _settle(
-        self,
-        role: Role,
-        tensors: Sequence[Tensor],
-        marks: Sequence[_Mark | None],
-        outputs: Sequence[Tensor],
+        self, role: Role, given: list[tuple[Tensor, _Mark | None]], outputs: list[Tensor]
     ) -> None:
         """Mark what is made of parameters and constants alone, by whatever operator."""
         filled = role.part == "fill"
-        known = filled or all(
-            isinstance(mark, _Parameter | _Constant) or tensor.numel() == 1
-            for tensor, mark in zip(tensors, marks, strict=True)
-        )
-        if not (known or role.mutates):
-            return
-        for output in outputs:
+        known = filled or all(mark in _KNOWN or tensor.numel() == 1 for tensor, mark in given)
+        for output in outputs if known or role.mutates else ():
             before = self._of(output)
-            if known and before is None and (filled or not tensors or any(marks)):
-                whole = (
-                    isinstance(mark, _Parameter) and tensor.numel() == output.numel()
-                    for tensor, mark in zip(tensors, marks, strict=True)
-                )
-                self._mark(output, _Parameter() if any(whole) else _Constant())
-            elif isinstance(before, _Constant) and role.mutates and not known:
+            if known and before is None:
+                sizes = [tensor.numel() for tensor, mark in given if mark is _PARAMETER]
+                self._mark(output, _PARAMETER if output.numel() in sizes else _CONSTANT)
+            elif before is _CONSTANT and not known:
                 self._mark(output, None)
 
     def _of(self, tensor: Tensor) -> _Mark | None:
@@ -252,8 +210,7 @@ class Provenance:
         return None if marked is None else marked[1]
 
     def _mark(self, tensor: Tensor, mark: _Mark | None) -> None:
-        found = storage_of(tensor)
-        if found is None:
+        if (found := storage_of(tensor)) is None:
             return
         address, storage = found
         if mark is None:
@@ -262,9 +219,15 @@ class Provenance:
             self._marks[address] = StorageWeakRef(storage), mark
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The batches times heads of a product, and its last size."""
-    return tensor.shape[:-2].numel(), tensor.shape[-1] if tensor.dim() else 1
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among the values, and those in lists among them."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [inner for inner in value if isinstance(inner, Tensor)]
+    return found
 
 
 def _is_whole(tensor: Tensor) -> bool:
@@ -273,7 +236,5 @@ def _is_whole(tensor: Tensor) -> bool:
 
 
 def _is_last(dim: int | Sequence[int] | None, tensor: Tensor) -> bool:
-    dims = [dim] if isinstance(dim, int) else dim or ()
-    return bool(tensor.dim() > 1 and tensor.numel()) and [d % tensor.dim() for d in dims] == [
-        tensor.dim() - 1
-    ]
+    dims, many = [dim] if isinstance(dim, int) else dim or (), tensor.dim()
+    return many > 1 and tensor.numel() > 0 and [d % many for d in dims] == [many - 1]

@@ -8,18 +8,10 @@ ON_REQUEST = ("activations", "updates")
 
 
 class Wanted(NamedTuple):
-    """What is captured.
+    """What is captured."""
 
-    Attributes:
-        kinds: of KINDS and ON_REQUEST.
-        by_name: whether the user named the kinds, so that one that is not there is said.
-        selected: which module paths and parameter names.
-        globs: those of `selected`, where it is made of globs.
-        rows: the query rows per map that statistics are taken from; None takes all.
-    """
-
-    kinds: Collection[str]
-    by_name: bool
-    selected: Callable[[str], bool]
-    globs: Collection[str]
-    rows: int | None
+    kinds: Collection[str]  # of KINDS and ON_REQUEST
+    by_name: bool  # whether the user named the kinds, so that one that is not there is said
+    selected: Callable[[str], bool]  # which module paths and parameter names
+    globs: Collection[str]  # those of `selected`, where it is made of globs
+    rows: int | None  # query rows per map that statistics are taken from; None takes all

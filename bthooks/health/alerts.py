@@ -64,10 +64,7 @@ class Alerts:
     """
 
     def __init__(
-        self,
-        thresholds: Thresholds,
-        on_alert: Callable[[Alert], object] | None,
-        ledger: Ledger,
+        self, thresholds: Thresholds, on_alert: Callable[[Alert], object] | None, ledger: Ledger
     ) -> None:
         self.thresholds, self._on_alert, self._ledger = thresholds, on_alert, ledger
         self._conditions: dict[str, Conditions] = {}  # by the prefix of the steps

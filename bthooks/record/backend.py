@@ -26,12 +26,9 @@ _MOMENT = 0.05  # and an event
 
 def is_main_rank() -> bool:
     """Whether this process writes: rank 0, or no process group."""
-    distributed = torch.distributed
-    return (
-        not distributed.is_available()
-        or not distributed.is_initialized()
-        or distributed.get_rank() == 0
-    )
+    ranks = torch.distributed
+    is_group = ranks.is_available() and ranks.is_initialized()
+    return not is_group or ranks.get_rank() == 0
 
 
 def write(writer: Any, event: Event, step: int) -> None:

@@ -27,22 +27,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m bthooks", description="Shows the runs under a directory.", epilog=_EPILOG
     )
-    parser.add_argument(
-        "logdir", nargs="?", default="runs", type=Path, help="where the runs are (default: runs)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("logdir", nargs="?", default="runs", type=Path, help="where the runs are (default: runs)")
+    add(
         "--report",
         action="store_true",
         help="print the health of each run instead: last metrics, alerts with their steps",
     )
-    parser.add_argument(
+    add(
         "--host",
         default="localhost",
         help="who may connect: the address to listen on (default: localhost, this machine only)",
     )
-    parser.add_argument(
-        "--port", type=_port, help="the port to listen on (default: the next free one from 6006)"
-    )
+    add("--port", type=_port, help="the port to listen on (default: the next free one from 6006)")
     given = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal has no letters for
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -50,11 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
         if told := missing(given.logdir):
             print(told, file=sys.stderr)
             return 2
-        if not given.report:
-            return _serve(given.logdir, given.host, given.port)
-        status = report(given.logdir)
-        sys.stdout.flush()
-        return status
+        if given.report:
+            return report(given.logdir)
+        return _serve(given.logdir, given.host, given.port)
     except KeyboardInterrupt:
         return 130 if given.report else 0
     except BrokenPipeError:  # of `| head`, say; Python writes what is left at its end

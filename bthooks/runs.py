@@ -7,8 +7,9 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .record.event import alerts_in
 
@@ -24,7 +25,7 @@ def report(logdir: Path) -> int:
         print("\n".join(run.lines()), end="\n\n")
         count += 1
         are_open += sum(len(told) == 1 for told in run.alerts().values())
-    print(f"runs: {count}, open alerts: {are_open}")
+    print(f"runs: {count}, open alerts: {are_open}", flush=True)
     return int(are_open > 0)
 
 
@@ -68,89 +69,65 @@ def events(file: Path) -> Iterator[Any]:
 
 
 def runs(logdir: Path) -> Iterator["Run"]:
-    """Those under a directory, each with what is in force: of a step done twice, the later."""
+    """Those under a directory."""
     files: dict[Path, list[Path]] = {}
     for file in sorted(event_files(logdir)):  # by directory, and by time
         files.setdefault(file.parent, []).append(file)
-    for directory, parts in files.items():
+    for directory, its_files in files.items():
         at = directory.relative_to(logdir)
-        run = Run((logdir.resolve() / at).name if at == Path() else at.as_posix(), {}, {})
-        ended = 0.0
-        for part in map(_Part, parts):
-            for tag, step in part.judged.items() if part.began > ended else ():
-                # Another start of the run, or one that is resumed: what it does again is forgotten.
-                run.texts[tag] = [text for text in run.texts.get(tag, []) if text[0] < step]
-            ended = max(ended, part.ended)
-            run.scalars.update(part.scalars)
-            for tag, texts in part.texts.items():
-                run.texts.setdefault(tag, []).extend(texts)
+        run = Run((logdir.resolve() / at).name if at == Path() else at.as_posix())
+        for file in its_files:
+            run.add(file)
         yield run
 
 
-class _Part:
-    """What one event file holds.
+@dataclass
+class Run:
+    """What is in force in the event files of one directory: of a step done twice, the later."""
 
-    Attributes:
-        began, ended: in seconds.
-        scalars: tag -> the last step and value.
-        texts: tag -> steps and alerts.
-        judged: tag of the alerts -> the first step that was judged.
-    """
+    name: str
+    scalars: dict[str, tuple[int, float]] = field(default_factory=dict)  # tag -> last step, value
+    texts: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # tag -> steps, alerts
+    ended: float = 0.0  # in seconds
 
-    def __init__(self, file: Path) -> None:
-        from tensorboard.util.tensor_util import make_ndarray
-
-        self.began, self.ended = math.inf, 0.0
-        self.texts: dict[str, list[tuple[int, str]]] = {}
+    def add(self, file: Path) -> None:
+        """Take in an event file, the next by time."""
+        began, ended = math.inf, 0.0
         first: dict[str, int] = {}
         last: dict[str, tuple[int, Any]] = {}
+        texts: dict[str, list[tuple[int, str]]] = {}
         for event in events(file):
-            self.began, self.ended = min(self.began, event.wall_time), event.wall_time
+            began, ended = min(began, event.wall_time), event.wall_time
             if event.session_log.status:  # what comes now supersedes what was written of a step
                 last = {tag: at for tag, at in last.items() if at[0] < event.step}
-                for told in self.texts.values():
-                    told[:] = [at for at in told if at[0] < event.step]
+                texts = {tag: _before(event.step, told) for tag, told in texts.items()}
             for value in event.summary.value:
                 is_number = value.HasField("simple_value")
                 if is_number or value.metadata.plugin_data.plugin_name == "scalars":
                     first.setdefault(value.tag, event.step)
                     last[value.tag] = event.step, value
                 elif value.tag.endswith(_ALERTS):
-                    text = make_ndarray(value.tensor).item().decode()
-                    self.texts.setdefault(value.tag, []).append((event.step, text))
-        self.scalars = {tag: (step, _number(value)) for tag, (step, value) in last.items()}
-        self.judged: dict[str, int] = {}
+                    text = _held(value).decode()
+                    texts.setdefault(value.tag, []).append((event.step, text))
         for tag, step in first.items():
-            if re.fullmatch(_HEALTH, tag):
+            # Another start of the run, or one that is resumed: what it does again is forgotten.
+            if began > self.ended and re.fullmatch(_HEALTH, tag):
                 alerts = tag.rpartition("health/")[0] + _ALERTS
-                self.judged[alerts] = min(step, self.judged.get(alerts, step))
-
-
-def _number(value: Any) -> float:
-    from tensorboard.util.tensor_util import make_ndarray
-
-    if value.HasField("simple_value"):
-        return float(value.simple_value)
-    return float(make_ndarray(value.tensor).item())
-
-
-class Run(NamedTuple):
-    """What the event files of one directory hold, as in `_Part`."""
-
-    name: str
-    scalars: dict[str, tuple[int, float]]
-    texts: dict[str, list[tuple[int, str]]]
+                self.texts[alerts] = _before(step, self.texts.get(alerts, []))
+        self.ended = max(self.ended, ended)
+        self.scalars |= {tag: (step, float(_held(value))) for tag, (step, value) in last.items()}
+        for tag, told in texts.items():
+            self.texts.setdefault(tag, []).extend(told)
 
     def alerts(self) -> dict[tuple[str, str], list[str]]:
         """By the tag and the condition with its place: what was told, in order."""
         found: dict[tuple[str, str], list[str]] = {}
         for tag, texts in self.texts.items():
-            for _, text in texts:
-                for key, is_over, told in _told(text):
-                    if is_over:
-                        found.get((tag, key), []).append(told)
-                    else:
-                        found[tag, key] = [told]
+            for key, is_over, told in (told for _, text in texts for told in _told(text)):
+                if is_over:
+                    found.get((tag, key), []).append(told)
+                else:
+                    found[tag, key] = [told]
         return found
 
     def lines(self) -> Iterator[str]:
@@ -169,6 +146,18 @@ class Run(NamedTuple):
             yield f"  {'over ' if over else 'OPEN '} {alert}"
             for line in over:
                 yield f"         {line}"
+
+
+def _before(step: int, texts: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    return [text for text in texts if text[0] < step]
+
+
+def _held(value: Any) -> Any:
+    """The number or the bytes that a value of an event holds."""
+    from tensorboard.util.tensor_util import make_ndarray
+
+    is_number = value.HasField("simple_value")
+    return value.simple_value if is_number else make_ndarray(value.tensor).item()
 
 
 def _told(text: str) -> Iterator[tuple[str, bool, str]]:

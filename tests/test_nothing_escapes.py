@@ -396,7 +396,7 @@ def test_non_finite_gradients_and_values_are_logged_as_what_they_are(tmp_path):
 
 
 def test_an_event_behind_another_is_in_the_system_when_the_call_returns(tmp_path, monkeypatch):
-    # 0.05 s, and both cores may be busy
+    # 0.05 s are too few where both cores are busy.
     monkeypatch.setattr(bthooks.record.backend, "_MOMENT", DEADLINE)
     with bthooks.make_writer(tmp_path, "run", backend="tensorboardX") as writer:
         for step in range(50):

@@ -45,16 +45,11 @@ class Alert(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a check amounts to.
+    """What a check amounts to."""
 
-    Attributes:
-        shares: by condition, which fraction of the places looked at is in it.
-        begun, cleared: the episodes that begin, and those that are over.
-    """
-
-    shares: dict[str, float]
-    begun: list[Alert]
-    cleared: list[Alert]
+    shares: dict[str, float]  # by condition, which fraction of the places looked at is in it
+    begun: list[Alert]  # of the episodes that begin
+    cleared: list[Alert]  # of those that are over
 
 
 class Alerts:
@@ -69,13 +64,11 @@ class Alerts:
     """
 
     def __init__(
-        self,
-        thresholds: Thresholds,
-        on_alert: Callable[[Alert], object] | None,
-        ledger: Ledger,
+        self, thresholds: Thresholds, on_alert: Callable[[Alert], object] | None, ledger: Ledger
     ) -> None:
         self.thresholds, self._on_alert, self._ledger = thresholds, on_alert, ledger
-        self._health: dict[str, Health] = {}  # by the prefix of the steps
+        self._conditions: dict[str, Conditions] = {}  # by the prefix of the steps
+        self._episodes: dict[tuple[str, str], _Episode] = {}  # by that and the condition
         self.all: list[Alert] = []
         self._untold: deque[Alert] = deque()
 
@@ -83,20 +76,29 @@ class Alerts:
         """What the figures of `step`, which go under `prefix`, amount to."""
         verdict = Verdict({}, [], [])
         with self._ledger.guard("health"):
-            health = self._health.setdefault(prefix, Health(self.thresholds, prefix))
-            shares, begun, cleared = health.check(figures, step)
-            begun = [alert for alert in begun if not self._is_told(alert, prefix)]
-            cleared = [over for over in cleared if over._replace(cleared=None) in self.all]
-            training = self._health.get("")
-            for over in cleared[:]:
-                if prefix and training is not None and training.sees(over):  # there it lasts
-                    health.resume(over._replace(cleared=None))
-                    cleared.remove(over)
-            for over in cleared:
-                self.all[self.all.index(over._replace(cleared=None))] = over
-            self.all += begun
-            self._untold += begun
-            verdict = Verdict(shares, begun, cleared)
+            conditions = self._conditions.setdefault(prefix, Conditions(self.thresholds, prefix))
+            for condition, findings in conditions.look(figures, step).items():
+                episode = self._episodes.setdefault((prefix, condition), _Episode(condition))
+                if not findings or step <= episode.last:  # a flush parted the step
+                    continue
+                verdict.shares[condition] = sum(f.severity >= 1 for f in findings) / len(findings)
+                alert = episode.look(findings, step, self.thresholds.checks)
+                if alert is None:
+                    continue
+                if alert.cleared is None:
+                    episode.is_told = not self._is_told(alert, prefix)
+                    if episode.is_told:
+                        self.all.append(alert)
+                        self._untold.append(alert)
+                        verdict.begun.append(alert)
+                elif episode.is_told:
+                    begun = alert._replace(cleared=None)
+                    training = self._episodes.get(("", condition), episode).alert
+                    if training is not None and training.where == alert.where:  # there it lasts
+                        episode.alert = begun
+                    else:
+                        self.all[self.all.index(begun)] = alert
+                        verdict.cleared.append(alert)
         return verdict
 
     def tell(self) -> None:
@@ -122,8 +124,8 @@ class Alerts:
 
     def _lasting(self) -> list[tuple[str, Alert]]:
         """What was told and lasts, behind the prefix of its steps."""
-        each = [(prefix, alert) for prefix, h in self._health.items() for alert in h.lasting()]
-        return [(prefix, alert) for prefix, alert in each if alert in self.all]
+        episodes = self._episodes.items()
+        return [(at, e.alert) for (at, _), e in episodes if e.alert is not None and e.is_told]
 
     def state(self) -> list[list[Any]]:
         """Each alert that lasts as plain data, behind the prefix of its steps."""
@@ -131,7 +133,8 @@ class Alerts:
 
     def resume(self, state: Iterable[Sequence[Any]], step: int) -> None:
         """Go on at `step` with what `state` gave; what came after is forgotten."""
-        self._health.clear()
+        self._conditions.clear()
+        self._episodes.clear()
         self.all = [
             alert if alert.cleared is None or alert.cleared < step else alert._replace(cleared=None)
             for alert in self.all
@@ -139,7 +142,8 @@ class Alerts:
         ]
         for prefix, *fields in state:
             alert = Alert(*fields)
-            self._health.setdefault(prefix, Health(self.thresholds, prefix)).resume(alert)
+            episode = _Episode(alert.condition, alert=alert, is_told=True)
+            self._episodes[prefix, alert.condition] = episode
             if alert not in self.all:
                 self.all.append(alert)
 
@@ -148,63 +152,31 @@ class Alerts:
 class _Episode:
     """One condition over the checks, so that it is told once."""
 
+    condition: str
+    last: int = -1  # the step of the last check
     held: dict[str, int] = field(default_factory=dict)  # by place: the checks in a row
+    alert: Alert | None = None  # while it lasts
+    is_told: bool = False  # or the steps of another prefix tell it
     well: int = 0  # checks in a row, at half of the threshold or less
     better: int = 0  # the same, below the threshold
-    last: int = -1  # the step of the last check
-    alert: Alert | None = None  # while it lasts
 
-
-class Health:
-    """The conditions of one run, or of its eval forwards, over its checks.
-
-    Args:
-        thresholds: what is judged by.
-        prefix: of what is looked at.
-    """
-
-    def __init__(self, thresholds: Thresholds, prefix: str = "") -> None:
-        self._checks = thresholds.checks
-        self._conditions = Conditions(thresholds, prefix)
-        self._episodes: dict[str, _Episode] = {}
-
-    def check(self, figures: Figures, step: int) -> Verdict:
-        """Look at the figures of `step`."""
-        verdict = Verdict({}, [], [])
-        for condition, findings in self._conditions.look(figures, step).items():
-            episode = self._episodes.setdefault(condition, _Episode())
-            if not findings or step <= episode.last:  # a flush parted the step
-                continue
-            episode.last = step
-            held = [finding for finding in findings if finding.severity >= 1]
-            verdict.shares[condition] = len(held) / len(findings)
-            if episode.alert is None:
-                checks = 1 if condition.startswith("nonfinite") else self._checks
-                episode.held = {f.place: episode.held.get(f.place, 0) + 1 for f in held}
-                lasting = [f for f in held if episode.held[f.place] >= checks]
-                if lasting:
-                    episode.alert = _alert(condition, lasting, step)
-                    verdict.begun.append(episode.alert)
-                continue
-            episode.better = 0 if held else episode.better + 1
-            is_well = all(finding.severity <= 0.5 for finding in findings)
-            episode.well = episode.well + 1 if is_well else 0
-            if episode.well >= self._checks or episode.better >= _BETTER * self._checks:
-                verdict.cleared.append(episode.alert._replace(cleared=step))
-                self._episodes[condition] = _Episode(last=step)
-        return verdict
-
-    def lasting(self) -> list[Alert]:
-        """The alerts of the episodes that last."""
-        return [e.alert for e in self._episodes.values() if e.alert is not None]
-
-    def sees(self, alert: Alert) -> bool:
-        """Whether an episode of the same condition and place lasts."""
-        return any(a[:2] == alert[:2] for a in self.lasting())
-
-    def resume(self, alert: Alert) -> None:
-        """Go on with an episode that an earlier process told."""
-        self._episodes[alert.condition] = _Episode(alert=alert)
+    def look(self, findings: Sequence[Finding], step: int, checks: int) -> Alert | None:
+        """Its alert where it begins, or is over, by what was found at `step`."""
+        self.last = step
+        held = [finding for finding in findings if finding.severity >= 1]
+        if self.alert is None:
+            self.held = {f.place: self.held.get(f.place, 0) + 1 for f in held}
+            least = 1 if self.condition.startswith("nonfinite") else checks
+            if lasting := [f for f in held if self.held[f.place] >= least]:
+                self.alert = _alert(self.condition, lasting, step)
+            return self.alert
+        self.better = 0 if held else self.better + 1
+        self.well = self.well + 1 if all(f.severity <= 0.5 for f in findings) else 0
+        if self.well < checks and self.better < _BETTER * checks:
+            return None
+        over = self.alert._replace(cleared=step)
+        self.alert, self.held, self.well, self.better = None, {}, 0, 0
+        return over
 
 
 def _alert(condition: str, lasting: Sequence[Finding], step: int) -> Alert:

@@ -53,18 +53,12 @@ class Thresholds(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What one check says of one place.
-
-    Attributes:
-        where: the place, or with `part` what of it.
-        severity: 1 and more is in the condition, 1/2 and less is well.
-        message: the figure.
-    """
+    """What one check says of one place."""
 
     where: str
-    severity: float
-    message: str
-    part: str = ""
+    severity: float  # 1 and more is in the condition, 1/2 and less is well
+    message: str  # the figure
+    part: str = ""  # what of the place, as "head 3"
 
     @property
     def place(self) -> str:
@@ -72,16 +66,10 @@ class Finding(NamedTuple):
 
 
 class Conditions:
-    """Looks at one run, or at its eval forwards.
+    """Looks at the steps under one prefix: those of training, or of validation."""
 
-    Args:
-        thresholds: what is judged by.
-        prefix: in front of the tags.
-    """
-
-    def __init__(self, thresholds: Thresholds, prefix: str = "") -> None:
-        self._prefix = prefix
-        self._limits = thresholds
+    def __init__(self, thresholds: Thresholds, prefix: str) -> None:
+        self._limits, self._prefix = thresholds, prefix
         self._zeros: dict[str, int] = {}  # by layer, checks in a row without any gradient
         self._baselines: dict[str, _Baseline] = {}  # by layer, log10 of its gradient norm
         self._rates: dict[str, _Rate] = {}
@@ -143,24 +131,20 @@ class Conditions:
     def _attention_logits(self, figures: Figures) -> list[Finding]:
         found = []
         for path, statistics in figures.attention.items():
-            logit = statistics.get("max_logit")
-            if logit is None:
-                continue
-            first = self._first_logits.setdefault(path, logit)
-            severity = logit / self._limits.logit
-            if first > 0:
-                severity = min(severity, logit / first / 2)
-            found.append(Finding(path, severity, f"its largest score is {logit:.3g}"))
+            if (logit := statistics.get("max_logit")) is not None:
+                first = self._first_logits.setdefault(path, logit)
+                growth = logit / first if first > 0 else math.inf
+                severity = min(logit / self._limits.logit, growth / 2)
+                found.append(Finding(path, severity, f"its largest score is {logit:.3g}"))
         return found
 
     def _learning_rate(self, figures: Figures, step: int) -> list[Finding]:
-        found = []
-        rates = figures.learning_rates
-        for group, rate in rates.items():
+        found, is_any = [], any(figures.learning_rates.values())
+        for group, rate in figures.learning_rates.items():
             seen = self._rates.setdefault(group, _Rate(step))
             base = figures.base_rates.get(group, 0.0)
             severity, message = seen.look(rate, step, self._limits, base)
-            if not any(rates.values()):  # of one group alone it is meant
+            if not is_any:  # of one group alone it is meant
                 severity, message = math.inf, "0 while training goes on"
             found.append(Finding(tag("learning_rate", group), severity, message))
         return found
@@ -168,20 +152,20 @@ class Conditions:
 
 def _nonfinite(figures: Figures) -> list[Finding]:
     message = "its gradient is {}; of the parameters of which it is not finite it is the last"
-    norms = reversed(list(figures.norms.items()))
     return [
         Finding(name, 0.0 if math.isfinite(norm) else math.inf, message.format(norm))
-        for name, norm in norms
+        for name, norm in reversed(list(figures.norms.items()))
     ]
 
 
 def _faults(forwards: Iterable[Forward]) -> list[Finding]:
     """The first fault of these forwards."""
-    faults = [forward.fault() for forward in forwards]
-    for fault in faults:
-        if fault:
+    found = []
+    for forward in forwards:
+        if fault := forward.fault():
             return [Finding(fault.path, math.inf, _cause(fault))]
-    return [Finding("root", 0.0, "")] if faults else []
+        found = [Finding("root", 0.0, "")]
+    return found
 
 
 def _cause(fault: Fault) -> str:

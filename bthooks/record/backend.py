@@ -6,11 +6,12 @@ disk: torch's raises from then on; tensorboardX's blocks for ever once ten event
 and at the end of the program too. So each is looked at before it is given something.
 """
 
-import importlib
 import os
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,22 +20,15 @@ from ..measure.histograms import raw
 from .event import Event
 
 PACKAGES = {"torch": "torch.utils.tensorboard", "tensorboardX": "tensorboardX"}
-_PROTO = {  # their protocol buffers are not interchangeable
-    "torch.utils.tensorboard": "tensorboard.compat.proto.event_pb2",
-    "tensorboardX": "tensorboardX.proto.event_pb2",
-}
 PATIENCE = 10.0  # seconds that a writer is waited for
 _MOMENT = 0.05  # and an event
 
 
 def is_main_rank() -> bool:
     """Whether this process writes: rank 0, or no process group."""
-    distributed = torch.distributed
-    return (
-        not distributed.is_available()
-        or not distributed.is_initialized()
-        or distributed.get_rank() == 0
-    )
+    ranks = torch.distributed
+    is_group = ranks.is_available() and ranks.is_initialized()
+    return not is_group or ranks.get_rank() == 0
 
 
 def write(writer: Any, event: Event, step: int) -> None:
@@ -45,7 +39,7 @@ def write(writer: Any, event: Event, step: int) -> None:
     Raises:
         OSError: the writer takes nothing any more, for ten seconds.
     """
-    wait_until(hand_over(writer, event, step))
+    _wait_until(hand_over(writer, event, step))
 
 
 def hand_over(writer: Any, event: Event, step: int, patient: bool = True) -> Callable[[], bool]:
@@ -59,14 +53,13 @@ def hand_over(writer: Any, event: Event, step: int, patient: bool = True) -> Cal
     """
     if writer is None or not is_main_rank():
         return _is_settled
-    histograms = {tag: raw(histogram) for tag, histogram in event.histograms.items()}
-    package = _package(writer, "add_scalar", "add_histogram_raw", "add_image", "add_text")
-    if package is None:
+    drawn = {tag: found for tag, each in event.histograms.items() if (found := raw(each))}
+    backend = _backend(writer, "add_scalar", "add_histogram_raw", "add_image", "add_text")
+    if backend is None:
         for tag, value in event.scalars.items():
             writer.add_scalar(tag, value, step)
-        for tag, arguments in histograms.items():
-            if arguments is not None:
-                writer.add_histogram_raw(tag, global_step=step, **arguments)
+        for tag, arguments in drawn.items():
+            writer.add_histogram_raw(tag, global_step=step, **arguments)
         for tag, image in event.images.items():
             writer.add_image(tag, image.numpy(), step, dataformats="HWC")
         for tag, text in event.texts.items():
@@ -74,46 +67,34 @@ def hand_over(writer: Any, event: Event, step: int, patient: bool = True) -> Cal
         if event.layout and hasattr(writer, "add_custom_scalars"):
             writer.add_custom_scalars(event.layout)
         return _is_settled
-    summary = importlib.import_module(f"{package}.summary")
-    Value = summary.Summary.Value
-    values = [Value(tag=tag, simple_value=value) for tag, value in event.scalars.items()]
-    for tag, arguments in histograms.items():
-        if arguments is not None:
-            values.append(Value(tag=tag, histo=_histogram_proto(summary, arguments)))
+    proto = backend.Event(step=step)
+    for tag, value in event.scalars.items():
+        proto.summary.value.add(tag=tag, simple_value=value)
+    for tag, arguments in drawn.items():
+        proto.summary.MergeFrom(backend.histogram_raw(tag, **arguments))
     for tag, image in event.images.items():
-        values.extend(summary.image(tag, image.numpy(), dataformats="HWC").value)
+        proto.summary.MergeFrom(backend.image(tag, image.numpy(), dataformats="HWC"))
     for tag, text in event.texts.items():
-        values.extend(summary.text(tag, text).value)
+        proto.summary.MergeFrom(backend.text(tag, text))
     if event.layout:
-        values.extend(summary.custom_scalars(event.layout).value)
-    if not values:
-        return _is_settled
-    return _give(writer, package, step, patient, summary=summary.Summary(value=values))
-
-
-def close(writer: Any) -> None:
-    """Close `writer`, unless what is behind it has ended: closing would wait for ever.
-
-    Raises:
-        OSError: it has.
-    """
-    if _package(writer, "close") is not None and writer.all_writers is not None:
-        wait_for_room(writer._get_file_writer())
-    writer.close()
+        proto.summary.MergeFrom(backend.custom_scalars(event.layout))
+    return _give(writer, proto, patient) if proto.summary.value else _is_settled
 
 
 def write_hparams(writer: Any, hparams: dict[str, str | float], metrics: dict[str, float]) -> None:
     """Write hyperparameters and the metrics they led to as one event, without a sub-run."""
     if writer is None or not is_main_rank():
         return
-    package = _package(writer, "add_hparams", "add_scalar")
-    if package is None:
+    backend = _backend(writer, "add_hparams", "add_scalar")
+    if backend is None:
         writer.add_hparams(hparams, metrics)
         return
-    summary = importlib.import_module(f"{package}.summary")
-    values = [value for part in summary.hparams(hparams, metrics) for value in part.value]
-    values += [summary.Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
-    wait_until(_give(writer, package, 0, summary=summary.Summary(value=values)))
+    proto = backend.Event()
+    for part in backend.hparams(hparams, metrics):
+        proto.summary.MergeFrom(part)
+    for tag, value in metrics.items():
+        proto.summary.value.add(tag=tag, simple_value=value)
+    _wait_until(_give(writer, proto))
 
 
 def supersede(writer: Any, step: int) -> bool:
@@ -122,22 +103,75 @@ def supersede(writer: Any, step: int) -> bool:
     Returns:
         whether it could be: of an object that is no SummaryWriter nothing is known.
     """
-    package = _package(writer, "add_scalar")
-    if package is None:
+    backend = _backend(writer, "add_scalar")
+    if backend is None:
         return False
-    proto = importlib.import_module(_PROTO[package])
-    mark = proto.SessionLog(status=proto.SessionLog.START)
-    wait_until(_give(writer, package, step, session_log=mark))
+    mark = backend.SessionLog(status=backend.SessionLog.START)
+    _wait_until(_give(writer, backend.Event(step=step, session_log=mark)))
     return True
 
 
-def wait_for_room(file_writer: Any, patient: bool = True) -> None:
+def close(writer: Any) -> None:
+    """Close `writer`, unless what is behind it has ended: closing would wait for ever.
+
+    Raises:
+        OSError: it has.
+    """
+    if _backend(writer, "close") is not None and writer.all_writers is not None:
+        _wait_for_room(writer._get_file_writer())
+    writer.close()
+
+
+def _backend(writer: Any, *methods: str) -> ModuleType | None:
+    """The module of the SummaryWriter that `writer` is, and what it makes protocol buffers with.
+
+    None where a subclass changed one of `methods`: then it is to be called.
+    """
+    kind = type(writer)
+    for base in kind.__mro__:
+        for package in PACKAGES.values():
+            if base.__name__ == "SummaryWriter" and base.__module__ == f"{package}.writer":
+                own = all(getattr(kind, name) is getattr(base, name) for name in methods)
+                return sys.modules[base.__module__] if own else None
+    if not callable(getattr(writer, methods[0], None)):
+        raise TypeError(
+            "writer is an object with SummaryWriter's methods, as make_writer opens one, or None; "
+            f"got {kind.__name__}, which has no {methods[0]}"
+        )
+    return None
+
+
+def _give(writer: Any, proto: Any, patient: bool = True) -> Callable[[], bool]:
+    """Give the event `proto` to the file writer of `writer`; as `hand_over`."""
+    if writer.all_writers is None and (file := _newest_event_file(writer)):
+        # A closed SummaryWriter opens a second event file; the event belongs in the first.
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        proto.wall_time = time.time()
+        with open(file, "ab") as stream:
+            RecordWriter(stream).write(proto.SerializeToString())
+        return _is_settled
+    file_writer = writer._get_file_writer()
+    _wait_for_room(file_writer, patient)
+    file_writer.add_event(proto)
+    return _settled_by(file_writer)
+
+
+def _newest_event_file(writer: Any) -> Path | None:
+    directory = Path(writer.log_dir if hasattr(writer, "log_dir") else writer.logdir)
+    return max(directory.glob("events.out.tfevents.*"), key=os.path.getmtime, default=None)
+
+
+def _wait_for_room(file_writer: Any, patient: bool = True) -> None:
     """Wait until one more event can be given to `file_writer` without waiting.
 
     Raises:
         OSError: its thread has ended, or has taken nothing for ten seconds (if not `patient`, now).
     """
-    queue, thread = _behind(file_writer)
+    event_writer = getattr(file_writer, "event_writer", None)
+    event_writer = getattr(event_writer, "_async_writer", event_writer)  # torch's
+    queue = getattr(event_writer, "_byte_queue", getattr(event_writer, "_event_queue", None))
+    thread = getattr(event_writer, "_worker", None)
     until = time.monotonic() + PATIENCE * patient
     while queue is not None and thread is not None:
         if not thread.is_alive():
@@ -152,19 +186,15 @@ def wait_for_room(file_writer: Any, patient: bool = True) -> None:
         time.sleep(0.01)
 
 
-def settle(file_writer: Any, give: Callable[[], None]) -> Callable[[], bool]:
-    """Give an event to `file_writer` so that a killed process does not lose it.
+def _settled_by(file_writer: Any) -> Callable[[], bool]:
+    """What hands the events given so far to the system, which a kill does not touch.
 
-    tensorboardX keeps up to 8 kB of events in the process for two minutes: 12 of 400 were lost.
-
-    Returns:
-        what hands the event to the system, which a kill does not touch, as soon as the writer's
-        thread has taken it, and says whether it has.
+    It does so once the writer's thread has taken them, and says whether it has. tensorboardX keeps
+    up to 8 kB of events in the process for two minutes: a kill lost 12 of 400.
     """
     event_writer = getattr(file_writer, "event_writer", None)
     record = getattr(event_writer, "_ev_writer", None)
     queue = getattr(event_writer, "_event_queue", None)
-    give()
     if record is None or queue is None:
         return _is_settled
     is_taken = False
@@ -188,6 +218,10 @@ def settle(file_writer: Any, give: Callable[[], None]) -> Callable[[], bool]:
     return settled
 
 
+def _is_settled() -> bool:
+    return True
+
+
 def _is_empty(queue: Any) -> bool:
     try:
         return bool(queue.qsize() == 0)
@@ -195,64 +229,8 @@ def _is_empty(queue: Any) -> bool:
         return bool(queue.empty())
 
 
-def wait_until(settled: Callable[[], bool]) -> None:
+def _wait_until(settled: Callable[[], bool]) -> None:
     """Wait for an event that was given, a moment at most."""
     until = time.monotonic() + _MOMENT
     while not settled() and time.monotonic() < until:
         time.sleep(1e-4)
-
-
-def _behind(file_writer: Any) -> tuple[Any, Any]:
-    """The queue and the thread, if they are where both backends have them."""
-    event_writer = getattr(file_writer, "event_writer", None)
-    event_writer = getattr(event_writer, "_async_writer", event_writer)  # torch's
-    queue = getattr(event_writer, "_byte_queue", getattr(event_writer, "_event_queue", None))
-    return queue, getattr(event_writer, "_worker", None)
-
-
-def _package(writer: Any, *methods: str) -> str | None:
-    """The backend whose file writer can be used, since no subclass changed its `methods`."""
-    kind = type(writer)
-    for base in kind.__mro__:
-        for package in PACKAGES.values():
-            if base.__name__ == "SummaryWriter" and base.__module__ == f"{package}.writer":
-                own = all(getattr(kind, name) is getattr(base, name) for name in methods)
-                return package if own else None
-    if not callable(getattr(writer, methods[0], None)):
-        raise TypeError(
-            "writer is an object with SummaryWriter's methods, as make_writer opens one, or None; "
-            f"got {kind.__name__}, which has no {methods[0]}"
-        )
-    return None
-
-
-def _histogram_proto(summary: Any, arguments: Mapping[str, Any]) -> Any:
-    names = {"bucket_limits": "bucket_limit", "bucket_counts": "bucket"}
-    return summary.HistogramProto(**{names.get(key, key): v for key, v in arguments.items()})
-
-
-def _give(
-    writer: Any, package: str, step: int, patient: bool = True, **content: Any
-) -> Callable[[], bool]:
-    """Give an event of that content to the file writer; as `hand_over`."""
-    proto = importlib.import_module(_PROTO[package])
-    event = proto.Event(step=step, wall_time=time.time(), **content)
-    if writer.all_writers is None and (file := _newest_event_file(writer)):
-        # A closed SummaryWriter opens a second event file; the event belongs in the first.
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        with open(file, "ab") as stream:
-            RecordWriter(stream).write(event.SerializeToString())
-        return _is_settled
-    file_writer = writer._get_file_writer()
-    wait_for_room(file_writer, patient)
-    return settle(file_writer, lambda: file_writer.add_event(event, step))
-
-
-def _is_settled() -> bool:
-    return True
-
-
-def _newest_event_file(writer: Any) -> Path | None:
-    directory = Path(writer.log_dir if hasattr(writer, "log_dir") else writer.logdir)
-    return max(directory.glob("events.out.tfevents.*"), key=os.path.getmtime, default=None)

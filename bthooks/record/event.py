@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -12,11 +12,11 @@ from ..health.alerts import Alert, Verdict
 from ..health.dashboard import HEALTHY_ENTROPY, Layout, layout
 from ..measure.figures import Figures
 from ..measure.histograms import Histogram
-from ..measure.readings import Drawn
 from ..names import tags
 from .images import heat_map
 
-_DISTRIBUTION = {"gradients", "uncertainty"}  # groups whose plain tags are scalars
+# A comment in Markdown, which TensorBoard leaves out: the fields for who reads the file.
+_OPEN, _CLOSE = "<!-- bthooks ", " -->"
 
 
 @dataclass
@@ -29,43 +29,59 @@ class Event:
     texts: dict[str, str] = field(default_factory=dict)
     layout: Layout = field(default_factory=dict)  # of the charts, without tags
 
-    def tagged(self) -> tuple[dict[str, Any], ...]:
-        return self.scalars, self.histograms, self.images, self.texts
+    def mapped(self, function: Callable[[dict[str, Any]], dict[str, Any]]) -> "Event":
+        """The same with `function` of each dict that has tags."""
+        return Event(
+            function(self.scalars),
+            function(self.histograms),
+            function(self.images),
+            function(self.texts),
+            self.layout,
+        )
 
 
 def prefixed(event: Event, prefix: str) -> Event:
     """`event` with `prefix` in front of every tag, in the characters that every backend keeps."""
-    parts = []
-    for part in event.tagged():
-        parts.append(dict(zip(tags(prefix, part), part.values(), strict=True)))
-    return replace(Event(*parts), layout=event.layout)
+    return event.mapped(lambda part: dict(zip(tags(prefix, part), part.values(), strict=True)))
 
 
 def event_of(figures: Figures, verdict: Verdict | None = None) -> Event:
     """The tags of what one call or one step has measured, and of what is wrong with it."""
-    scalars = dict(figures.metrics)
-    for group, value in figures.learning_rates.items():
-        scalars[f"learning_rate/{group}"] = value
-    scalars |= _gradients(figures)
-    for path, statistics in figures.attention.items():
-        for name, value in statistics.items():
-            if value or name != "dead_rows":  # a chart of zeros for every layer
-                scalars[f"attention/{name}/{path}"] = value
-    for kind, value in figures.uncertainty.items():
-        scalars[f"uncertainty/{kind}"] = value
-    for name, value in figures.calibration.items():
-        if not math.isnan(value):
-            scalars[f"calibration/{name}"] = value
-    histograms = {_histogram_tag(drawn): found for drawn, found in figures.histograms.items()}
+    event = Event(dict(figures.metrics))
+    totals = {
+        "total_norm": figures.total_norm,
+        "total_norm_before_clip": figures.total_norm_before_clip,
+        "skipped_steps": figures.skipped_steps,
+    }
+    # A chart of dead rows would be one of zeros for nearly every layer.
+    attention = {
+        f"{name}/{path}": value
+        for path, statistics in figures.attention.items()
+        for name, value in statistics.items()
+        if value or name != "dead_rows"
+    }
+    nonfinite: dict[str, float] = {}
     for (group, name), found in figures.histograms.items():
-        if nonfinite := float(found.summary[5]):
-            scalars[f"health/nonfinite/{group}/{name}"] = nonfinite
-    event = Event(scalars, histograms)
-    if verdict is not None:
-        for condition, share in verdict.shares.items():
-            scalars[f"health/{condition}"] = share
-        if told := [*verdict.begun, *verdict.cleared]:
-            event.texts["health/alerts"] = "\n\n".join(map(_told, told))
+        # The plain tags of these groups are scalars.
+        tag = f"{group}/distribution" if group in ("gradients", "uncertainty") else group
+        event.histograms[f"{tag}/{name}"] = found
+        if count := float(found.summary[5]):
+            nonfinite[f"{group}/{name}"] = count
+    for group, values in (
+        ("learning_rate", figures.learning_rates),
+        ("gradients/norm", figures.norms),
+        ("gradients/layer_mean", figures.layers),
+        ("gradients/update_ratio", figures.update_ratios),
+        ("gradients", {name: value for name, value in totals.items() if value is not None}),
+        ("attention", attention),
+        ("uncertainty", figures.uncertainty),
+        ("calibration", {n: v for n, v in figures.calibration.items() if not math.isnan(v)}),
+        ("health/nonfinite", nonfinite),
+        ("health", verdict.shares if verdict else {}),
+    ):
+        event.scalars |= {f"{group}/{name}": value for name, value in values.items()}
+    if verdict is not None and (told := [*verdict.begun, *verdict.cleared]):
+        event.texts["health/alerts"] = "\n\n".join(map(_told, told))
     return event
 
 
@@ -100,27 +116,6 @@ def alerts_in(text: str) -> list[Alert]:
     return [Alert(**json.loads(part.partition(_CLOSE)[0])) for part in parts]
 
 
-# A comment in Markdown, which TensorBoard leaves out: the fields for who reads the file.
-_OPEN, _CLOSE = "<!-- bthooks ", " -->"
-
-
 def _told(alert: Alert) -> str:
     fields = json.dumps(alert._asdict()).replace(">", "\\u003e")  # nothing that ends the comment
     return f"{alert}\n{_OPEN}{fields}{_CLOSE}"
-
-
-def _gradients(figures: Figures) -> Mapping[str, float]:
-    scalars = {f"gradients/norm/{name}": norm for name, norm in figures.norms.items()}
-    for name, norm in figures.layers.items():
-        scalars[f"gradients/layer_mean/{name}"] = norm
-    for name, ratio in figures.update_ratios.items():
-        scalars[f"gradients/update_ratio/{name}"] = ratio
-    for name in ("total_norm", "total_norm_before_clip", "skipped_steps"):
-        if (value := getattr(figures, name)) is not None:
-            scalars[f"gradients/{name}"] = value
-    return scalars
-
-
-def _histogram_tag(drawn: Drawn) -> str:
-    group, name = drawn
-    return f"{group}/distribution/{name}" if group in _DISTRIBUTION else f"{group}/{name}"

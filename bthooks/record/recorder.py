@@ -18,25 +18,19 @@ from ..measure.scaling import Skips, is_any_scaler
 from ..names import tag
 from ..report import Ledger
 from .backend import hand_over, is_main_rank, supersede
-from .event import Event, event_of_model, prefixed
+from .event import event_of_model, prefixed
 from .transfer import Reading
 
 
 @dataclass
 class Pending:
-    """What is to be written of a step.
-
-    Attributes:
-        scalars, histograms: whether these are due at it.
-        prefix: in front of the tags, "val" for a validation pass.
-        stepped: whether an optimizer has, or `advance()` said so.
-    """
+    """What is to be written of a step."""
 
     step: int
-    scalars: bool
+    scalars: bool  # whether these are due at it
     histograms: bool
-    prefix: str = ""
-    stepped: bool = False
+    prefix: str = ""  # in front of the tags, "val" for a validation pass
+    stepped: bool = False  # whether an optimizer has, or `advance()` said so
     readings: Readings = field(default_factory=Readings)
 
 
@@ -75,9 +69,9 @@ class Recorder:
         with self._lock:  # several threads may run one model: their steps in order
             unsettled, self._unsettled = self._unsettled, None
             if unsettled is not None:
-                with self._losing(unsettled[0]):
-                    if not unsettled[1]():
-                        self._unsettled = unsettled
+                step, is_settled = unsettled
+                with self._losing(step):
+                    self._unsettled = None if is_settled() else unsettled
             waiting, self._waiting = self._waiting, []
             wait_for = len(self._leaving) if waiting else 0
             for pending in waiting:
@@ -93,7 +87,7 @@ class Recorder:
                 pending, reading = self._leaving[0]
                 with self._losing(pending.step):
                     # Those of the last logging step are waited for, at the latest now.
-                    if not (wait or wait_for > 0 or reading.is_done()):
+                    if not (wait or wait_for > 0 or reading.transfer.is_done()):
                         break
                     self._write(pending, reading.result())
                 self._leaving.popleft()
@@ -104,10 +98,8 @@ class Recorder:
         """Write what waits, to the disk."""
         self.send(wait=True)
         if self.writer is not None and is_main_rank() and not self._lost:
-            try:
+            with self._ledger.guard("flush of the writer"):
                 self.writer.flush()
-            except Exception as error:
-                self._ledger.failed("flush of the writer", error)
 
     def resume(self, step: int) -> None:
         """Go on at `step`: what was written at it and after is superseded in the file."""
@@ -140,7 +132,7 @@ class Recorder:
         )
         self._has_layout = self._has_layout or pending.stepped
         event = prefixed(event, tag(self.prefix, pending.prefix))
-        event = self._unwritten(event, pending.step)
+        event = event.mapped(lambda part: self._unwritten(part, pending.step))
         is_settled = hand_over(self.writer, event, pending.step, patient=not self._lost)
         self._unsettled = pending.step, is_settled
 
@@ -161,14 +153,11 @@ class Recorder:
             )
         return replace(figures, total_norm_before_clip=before)
 
-    def _unwritten(self, event: Event, step: int) -> Event:
-        """`event` without the tags that a flush in the middle of a step has brought this far."""
-        parts = [
-            {tag: value for tag, value in part.items() if self._last.get(tag, -1) < step}
-            for part in event.tagged()
-        ]
-        self._last |= {tag: step for part in parts for tag in part}
-        return replace(Event(*parts), layout=event.layout)
+    def _unwritten(self, values: dict[str, Any], step: int) -> dict[str, Any]:
+        """`values` by tag without those that a flush in the middle of a step has written."""
+        left = {tag: value for tag, value in values.items() if self._last.get(tag, -1) < step}
+        self._last |= dict.fromkeys(left, step)
+        return left
 
     @contextlib.contextmanager
     def _losing(self, step: int) -> Iterator[None]:
@@ -178,11 +167,9 @@ class Recorder:
         except Exception as error:
             self._lost.append(step)
             self._ledger.failed("event file", error)
-            self._ledger.note(
-                "event file",
-                f"{type(error).__name__}: {error}; lost: {len(self._lost)} events of the steps "
-                f"{min(self._lost)} to {max(self._lost)}, and what the writer still held",
-            )
+            which = f"{len(self._lost)} events of the steps {min(self._lost)} to {max(self._lost)}"
+            lost = f"lost: {which}, and what the writer still held"
+            self._ledger.note("event file", f"{type(error).__name__}: {error}; {lost}")
 
 
 # A function for scripts knows the writer alone; what it writes is judged where the writer's is.

@@ -25,20 +25,19 @@ class Transfer:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         tensors = list(tensors)
         self._shapes = [tensor.shape for tensor in tensors]
-        groups: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
+        # By device: by dtype and whether they are 0-d, the indices of those that go together.
+        groups: dict[torch.device, dict[tuple[torch.dtype, bool], list[int]]] = {}
         for index, tensor in enumerate(tensors):
-            key = tensor.device, tensor.dtype, tensor.dim() == 0
-            groups.setdefault(key, []).append(index)
-        self._order: dict[torch.device, list[list[int]]] = {}
-        joined: dict[torch.device, list[Tensor]] = {}
-        for (device, _, scalars), indices in groups.items():
-            group = [tensors[index] for index in indices]
-            values = torch.stack(group) if scalars else torch.cat([t.reshape(-1) for t in group])
-            joined.setdefault(device, []).append(values.to(widest(device)))
-            self._order.setdefault(device, []).append(indices)
-        self._copies: dict[torch.device, Tensor] = {}
+            group = groups.setdefault(tensor.device, {})
+            group.setdefault((tensor.dtype, tensor.dim() == 0), []).append(index)
+        self._copies: list[tuple[Tensor, list[list[int]]]] = []
         self._arrivals: list[torch.cuda.Event] = []
-        for device, parts in joined.items():
+        for device, group in groups.items():
+            parts = []
+            for (_, scalars), indices in group.items():
+                alike = [tensors[index] for index in indices]
+                part = torch.stack(alike) if scalars else torch.cat([t.reshape(-1) for t in alike])
+                parts.append(part.to(widest(device)))
             values = torch.cat(parts)
             if device.type == "cuda":
                 copy = torch.empty_like(values, device="cpu", pin_memory=True)
@@ -46,7 +45,7 @@ class Transfer:
                 self._arrivals.append(torch.cuda.current_stream(device).record_event())
             else:
                 copy = values.to("cpu", torch.float64)
-            self._copies[device] = copy
+            self._copies.append((copy, [*group.values()]))
 
     def is_done(self) -> bool:
         """Whether `result()` need not wait."""
@@ -57,8 +56,8 @@ class Transfer:
         for arrival in self._arrivals:
             arrival.synchronize()
         host: list[Any] = [None] * len(self._shapes)
-        for device, copy in self._copies.items():
-            for indices in self._order[device]:
+        for copy, groups in self._copies:
+            for indices in groups:
                 shapes = [self._shapes[index] for index in indices]
                 sizes = [shape.numel() for shape in shapes]
                 part, copy = copy.split([sum(sizes), len(copy) - sum(sizes)])
@@ -78,15 +77,11 @@ class Reading:
         self._readings = replace(readings, histograms=readings.histograms | drawn, samples={})
         tensors: list[Tensor] = []
         self._readings.mapped(tensors.append)
-        self._transfer = Transfer(tensors)
-
-    def is_done(self) -> bool:
-        """Whether `result()` need not wait."""
-        return self._transfer.is_done()
+        self.transfer = Transfer(tensors)
 
     def result(self) -> Readings:
         """The readings on the host, in float64."""
-        host = iter(self._transfer.result())
+        host = iter(self.transfer.result())
         return self._readings.mapped(lambda _: next(host))
 
 

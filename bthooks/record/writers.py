@@ -56,13 +56,11 @@ def make_writer(
     """
     checks.one_of("make_writer", "backend", backend, PACKAGES)
     root = Path(log_dir)
-    if experiment is not None:
-        run = checks.experiment("make_writer", root, experiment)
+    run = None if experiment is None else checks.experiment("make_writer", root, experiment)
     if not is_main_rank():
         return None
-    if experiment is None:
-        run = _timestamp(root)
-    return open_writer(root / run, backend, purge_step=purge_step, **backend_options)
+    directory = _timestamp(root) if run is None else root / run
+    return open_writer(directory, backend, purge_step=purge_step, **backend_options)
 
 
 def open_writer(
@@ -84,13 +82,12 @@ def open_writer(
 
 def _timestamp(root: Path) -> Path:
     """A folder named after this second; a second run of that second gets "_2"."""
-    name = datetime.now().strftime("%Y%m%d_%H%M%S")
-    number = 1
+    first = root / datetime.now().strftime("%Y%m%d_%H%M%S")
+    run, number = first, 1
     while True:
-        run = name if number == 1 else f"{name}_{number}"
         try:
-            (root / run).mkdir(parents=True)
+            run.mkdir(parents=True)
+            return run
         except FileExistsError:
             number += 1
-        else:
-            return Path(run)
+            run = root / f"{first.name}_{number}"

@@ -22,7 +22,7 @@ from torch.utils.tensorboard.summary import make_histogram
 import bthooks
 from bthooks.measure.histograms import raw
 from bthooks.measure.readings import Readings
-from bthooks.record.backend import _histogram_proto, hand_over
+from bthooks.record.backend import hand_over
 from bthooks.record.event import Event
 from bthooks.record.transfer import read
 
@@ -153,7 +153,7 @@ def quality(model: nn.Module) -> tuple[float, float, int]:
                 points = np.linspace(record["min"], record["max"], 31)
                 ours = max(ours, rank_error(record, flat, points))
                 theirs = max(theirs, rank_error(other, flat, points))
-            size = max(size, _histogram_proto(summary, record).ByteSize())
+            size = max(size, summary.histogram_raw("", **record).value[0].histo.ByteSize())
     return ours, theirs, size
 
 

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 import bthooks
 from bthooks import Thresholds, attach
 from bthooks.__main__ import main
-from bthooks.health.alerts import Health
+from bthooks.health.alerts import Alerts
 from bthooks.measure.attention import Head
 from bthooks.measure.figures import Figures
+from bthooks.report import Ledger
 
 from ..conftest import read
 from ..models import Transformer, batch
@@ -71,8 +72,8 @@ def test_a_broken_run_says_what_is_wrong_with_it(name, tmp_path, capsys):
 
 def checked(figures, thresholds=Thresholds(), step=10):  # noqa: B008
     """The alerts begun after each of the figures."""
-    health = Health(thresholds)
-    return [[str(a) for a in health.check(f, step * at).begun] for at, f in enumerate(figures)]
+    alerts = Alerts(thresholds, None, Ledger(strict=True))
+    return [[str(a) for a in alerts.judge(f, step * at).begun] for at, f in enumerate(figures)]
 
 
 def layers(*norms):
@@ -179,11 +180,12 @@ def test_what_is_ill(name):
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from([0.0, 4.0, 7.0, 11.0, 1e9]), max_size=45), st.integers(1, 4))
 def test_episodes_begin_and_end_in_turn(totals, checks):
-    health, told = Health(Thresholds(checks=checks, decades=math.inf)), []
+    alerts = Alerts(Thresholds(checks=checks, decades=math.inf), None, Ledger(strict=True))
+    told = []
     for step, norm in enumerate(totals):
-        _, begun, cleared = health.check(total(norm), step)
+        _, begun, cleared = alerts.judge(total(norm), step)
         told += [("begun", step)] * len(begun) + [("cleared", step)] * len(cleared)
-        assert bool(health.lasting()) == (len(told) % 2 == 1)
+        assert bool(alerts.state()) == (len(told) % 2 == 1)
     expected, now = [], "cleared"
     for step in range(len(totals)):
         since = totals[expected[-1][1] + 1 if expected else 0 : step + 1]

@@ -45,7 +45,7 @@ class Figures:
 def figures_of(readings: Readings, skips: Skips | None = None) -> Figures:
     """The figures that `readings`, which are on the host, amount to."""
     norms = {name: float(norm) for name, norm in readings.norms.items() if not norm < 0}
-    before_clip = [float(norm) for norm in readings.norms_before_clip.values()]
+    before_clip = [float(norm) for norm in readings.norms_before_clip.values() if not norm < 0]
     ratios = {name: float(ratio) for name, ratio in readings.update_ratios.items()}
     scale, skipped = 1.0, None
     if readings.scaling is not None:
@@ -96,7 +96,7 @@ def _before_clip(norms: Sequence[float], scale: float, applied: float | None) ->
     """
     if not norms or applied is None:
         return None
-    total = math.hypot(*(norm for norm in norms if not norm < 0)) / scale
+    total = math.hypot(*norms) / scale
     if not 0 < applied < total < math.inf:
         return total
     power = math.log2(total / applied)

@@ -140,7 +140,7 @@ class Recorder:
         """Without a total norm before clipping that may be one of a scaled loss: that is said."""
         figures = figures_of(readings, self.skips)
         total, before = figures.total_norm, figures.total_norm_before_clip
-        if not readings.norms_before_clip or total is None:
+        if total is None or all(norm < 0 for norm in readings.norms_before_clip.values()):
             return figures
         if before is not None and before > 16 * total and readings.scaling is None:
             self._scalers = is_any_scaler() if self._scalers is None else self._scalers

@@ -45,7 +45,7 @@ def played(events, every=1, histograms_every=NEVER, first=0, shared=()):
         if event == "train":
             found = told(schedule.training_forward())
         elif event == "no_grad":
-            found = told(kept(schedule.no_grad_forward()))
+            found = told(kept(schedule.training_forward(grad=False)))
         elif event == "eval":
             found = told(kept(schedule.eval_forward()))
         elif event == "raised":  # an eval forward that did not end well

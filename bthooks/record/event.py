@@ -13,7 +13,7 @@ from ..health.dashboard import HEALTHY_ENTROPY, Layout, layout
 from ..measure.figures import Figures
 from ..measure.histograms import Histogram
 from ..measure.readings import Drawn
-from ..names import tags
+from ..names import distinct, tag
 from .images import heat_map
 
 _DISTRIBUTION = {"gradients", "uncertainty"}  # groups whose plain tags are scalars
@@ -37,7 +37,8 @@ def prefixed(event: Event, prefix: str) -> Event:
     """`event` with `prefix` in front of every tag, in the characters that every backend keeps."""
     parts = []
     for part in event.tagged():
-        parts.append(dict(zip(tags(prefix, part), part.values(), strict=True)))
+        tags = distinct(tag(prefix, name) for name in part)
+        parts.append(dict(zip(tags, part.values(), strict=True)))
     return replace(Event(*parts), layout=event.layout)
 
 

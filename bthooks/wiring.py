@@ -141,20 +141,17 @@ class Wiring:
         if slot is None:
             return
         with self.ledger.guard("forward"):
-            if slot.validation or not self._moved_unseen(root):
-                self._observe(root, slot, given)
-
-    def _observe(self, root: nn.Module, slot: Slot, given: tuple[Any, ...]) -> None:
-        elsewhere = self._forward is not None and self._forward.is_alive()
-        if not elsewhere and not is_traced() and not is_running(mc_dropout):
-            self._optimizers.recheck()
-            self._handled, self._depth, self._slot = sys.exc_info()[1], 0, slot
-            self._forward = ObservedForward(
-                root, self.wanted, **slot.due._asdict(), ledger=self.ledger
-            )
-            self._forward.begin(root, given)
-        if not slot.validation and slot.due.scalars:
-            self._gradients.watch(root)
+            if not slot.validation and self._moved_unseen(root):
+                return
+            elsewhere = self._forward is not None and self._forward.is_alive()
+            if not elsewhere and not is_traced() and not is_running(mc_dropout):
+                self._optimizers.recheck()
+                self._handled, self._depth, self._slot = sys.exc_info()[1], 0, slot
+                due = slot.due._asdict()
+                self._forward = ObservedForward(root, self.wanted, **due, ledger=self.ledger)
+                self._forward.begin(root, given)
+            if not slot.validation and slot.due.scalars:
+                self._gradients.watch(root)
 
     def _after_forward(self, root: nn.Module, args: Any, output: Any) -> None:
         """The hook that is called even when the forward of `root` raised."""

@@ -106,8 +106,7 @@ def attach(
     checks.instance("attach: prefix is a str", prefix, str)
     checks.whole("attach", "step", step, 0, "a whole number from 0, below 2**62")
     checks.thresholds("attach", thresholds, Thresholds)
-    if on_alert is not None:
-        checks.instance("attach: on_alert is a function of an Alert", on_alert, Callable)
+    checks.instance("attach: on_alert is a function of an Alert", on_alert, Callable | None)
     checks.one_of("attach", "on_error", on_error, ("warn", "raise"))
     wanted = Wanted(kinds, capture is not None, selector(include), globs(include), attention_rows)
     for former, its_model in attached_to(target, prefix):

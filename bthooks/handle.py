@@ -88,11 +88,9 @@ class Handle:
         """
         if _attached.pop(self, None) is None or not self._wiring.is_here():
             return
-        self._wiring.off()
         self._finalizer.detach()
         atexit.unregister(self.detach)
-        self.flush()
-        self._wiring.end()
+        self._wiring.off()
         self._recorder.close()
         if self._owns_writer:
             with self._wiring.ledger.guard("close of the writer"):

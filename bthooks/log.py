@@ -221,24 +221,13 @@ def log_calibration(
     p = checks.values(where, "probabilities", probabilities)
     true = checks.values(where, "targets", targets)
     checks.probabilities(where, p, true)
-    if lost := int(p.isnan().any(-1).sum()):
-        warnings.warn(
-            f"bthooks.{where}: {lost} of {true.numel()} rows of probabilities are NaN; nothing of "
-            "them is written",
-            stacklevel=2,
-        )
+    if _lost(p.isnan().any(-1), "rows of probabilities", "nothing of them is written"):
         return
     bins = calibration_bins(p, true)
     stats = calibration_of(bins)
     if uncertainty is not None:
         unsure = checks.reals(where, "uncertainty", uncertainty, true.shape)
-        if lost := int(unsure.isnan().sum()):
-            warnings.warn(
-                f"bthooks.{where}: {lost} of {true.numel()} values of uncertainty are NaN; it is "
-                "left out",
-                stacklevel=2,
-            )
-        else:
+        if not _lost(unsure.isnan(), "values of uncertainty", "it is left out"):
             stats |= ranking_stats(unsure, p, true)
     *numbers, bins = Transfer([*stats.values(), bins]).result()
     found = dict(zip(stats, numbers, strict=True))
@@ -337,6 +326,14 @@ def log_hparams(
     event = prefixed(_event(Readings(metrics=numbers)), tag(prefix, "hparams"))
     plain = {str(name): checks.hparam(value) for name, value in hparams.items()}
     write_hparams(writer, plain, event.scalars)
+
+
+def _lost(is_nan: Tensor, of: str, so: str) -> int:
+    """How many values are NaN, of which it is warned."""
+    if lost := int(is_nan.sum()):
+        said = f"bthooks.log_calibration: {lost} of {is_nan.numel()} {of} are NaN; {so}"
+        warnings.warn(said, stacklevel=3)
+    return lost
 
 
 def _event(readings: Readings) -> Event:

@@ -28,15 +28,6 @@ def tag(*parts: str) -> str:
     return _OTHER.sub("_", "/".join(filter(None, (part.strip("/") for part in parts))))
 
 
-def tags(prefix: str, names: Iterable[str]) -> list[str]:
-    """`tag(prefix, name)` for each of the names, distinct.
-
-    >>> tags("run", ["a b", "a_b"])
-    ['run/a_b', 'run/a_b_2']
-    """
-    return distinct(tag(prefix, name) for name in names)
-
-
 def unwrapped(name: str) -> str:
     """A module path or parameter name without the parts that wrappers add; the root is "root".
 

@@ -63,7 +63,8 @@ class Schedule:
         self.due = _NEVER  # at the step that has begun
         self._due_next = self._due_at(self._next)
         # The optimizers that stepped in this step; weakly, since one that is replaced is gone.
-        self._stepped: weakref.WeakSet[object] = weakref.WeakSet()
+        # `self` is among them for one that is told by hand.
+        self.stepped: weakref.WeakSet[object] = weakref.WeakSet()
         self.observes = any(self._due_next)  # the next training forward
         self.watches = self._due_next.scalars  # the gradients at the next backward pass's end
 
@@ -71,11 +72,6 @@ class Schedule:
     def step(self) -> int:
         """The number of the next step: `first` and the steps begun since."""
         return self._next + (0 if self.steps else self._inferences)
-
-    @property
-    def stepped(self) -> frozenset[object]:
-        """The optimizers that have stepped in this step, and `self` for one told by hand."""
-        return frozenset(self._stepped)
 
     def training_forward(self) -> Slot | None:
         """A forward in training mode: its readings belong to the optimizer step that follows."""
@@ -120,7 +116,7 @@ class Schedule:
 
         `again`: it holds a parameter of another that has stepped.
         """
-        return not self._stepped or again or (optimizer or self) in self._stepped
+        return not self.stepped or again or (optimizer or self) in self.stepped
 
     def optimizer_begins(self, optimizer: object, again: bool = False) -> Due:
         """An optimizer's step begins: what is due at the step that it belongs to."""
@@ -135,15 +131,15 @@ class Schedule:
         """
         begins = self.begins_step(optimizer, again)
         if begins:
-            self._stepped.clear()
+            self.stepped.clear()
             self.steps += 1
             self._next += 1
             self.due, self._due_next = self._due_next, self._due_at(self._next)
-        self._stepped.add(optimizer or self)
+        self.stepped.add(optimizer or self)
         self._validated = False
         # Another optimizer may step in this step: what it is given belongs to it too. In the first
         # step the others are not known yet.
-        more = any(self.due) and len(self._stepped) < known
+        more = any(self.due) and len(self.stepped) < known
         self.observes = any(self._due_next) or more
         self.watches = self._due_next.scalars or (self.due.scalars and (more or self.steps == 1))
         return Slot(self._next - 1, self.due) if begins and any(self.due) else None

@@ -1,7 +1,5 @@
 """Unseen: why something that was asked for has not been measured. Nothing is left unsaid."""
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from .capture.wanted import Wanted
@@ -33,7 +31,21 @@ def unseen(
     compiled: list[str] = []
     with ledger.guard("compiled modules"):
         compiled = [path for module, path in paths.items() if is_compiled(module)]
-    why = _reasons(calls, steps, compiled)
+    forward = "" if calls else _NOT_CALLED
+    step = "" if steps else "no optimizer that holds a parameter of the model has stepped"
+    attention = "no attention was recognised in the observed forwards"
+    if compiled:
+        attention += f"; {', '.join(compiled[:4])}{', ...' * (len(compiled) > 4)}: {_COMPILED}"
+    keys = ", ".join(key for names in KEYS.values() for key in names)
+    why = {
+        "attention": forward or attention,
+        "activations": forward or "no selected module returned a tensor",
+        "uncertainty": forward or f"the output of the model has none of {keys}",
+        "gradients": step or "no selected parameter has had a gradient",
+        "learning_rate": step or "only advance() was called",
+        "histograms": step or "no parameter is selected",
+        "updates": step or "no parameter is selected",
+    }
     missed = {kind: why[kind] for kind in wanted.kinds if not ledger.names(kind)}
     seen = {path.partition("/")[0] for path in ledger.names("attention")}
     if not seen:
@@ -60,21 +72,3 @@ def say_absent(
             names = {*parameter_names(root).values(), *module_names(root).values()}
             if not any(map(wanted.selected, names)):
                 ledger.warn_once("include", "it selects no module path and no parameter name")
-
-
-def _reasons(calls: int, steps: int, compiled: Sequence[str]) -> dict[str, str]:
-    forward = "" if calls else _NOT_CALLED
-    step = "" if steps else "no optimizer that holds a parameter of the model has stepped"
-    attention = "no attention was recognised in the observed forwards"
-    if compiled:
-        attention += f"; {', '.join(compiled[:4])}{', ...' * (len(compiled) > 4)}: {_COMPILED}"
-    keys = ", ".join(key for names in KEYS.values() for key in names)
-    return {
-        "attention": forward or attention,
-        "activations": forward or "no selected module returned a tensor",
-        "uncertainty": forward or f"the output of the model has none of {keys}",
-        "gradients": step or "no selected parameter has had a gradient",
-        "learning_rate": step or "only advance() was called",
-        "histograms": step or "no parameter is selected",
-        "updates": step or "no parameter is selected",
-    }

@@ -102,7 +102,7 @@ class Wiring:
         self._step = None
 
     def off(self) -> None:
-        """Take everything off the model, the optimizers and torch."""
+        """Take everything off the model, the optimizers and torch; write what is left."""
         self.is_on = False
         self._before.remove()
         # A forward that another thread runs ends with this hook, which takes itself off.
@@ -115,9 +115,7 @@ class Wiring:
             _hooks.clear()
         self._gradients.unwatch()
         self._close_forward()
-
-    def end(self) -> None:
-        """Say what never came; nothing is observed any more."""
+        self.flush()
         self._say_absent()
         self._step = None
 
@@ -136,29 +134,23 @@ class Wiring:
                 self._depth += 1
                 return
             self._close_forward()  # KeyboardInterrupt skips the hook that closes it
-        if not root.training:
-            slot = self.schedule.eval_forward()
-        elif torch.is_grad_enabled():
-            slot = self.schedule.training_forward()
-        else:
-            slot = self.schedule.no_grad_forward()
+        schedule, in_grad = self.schedule, torch.is_grad_enabled()
+        training = schedule.training_forward if in_grad else schedule.no_grad_forward
+        slot = training() if root.training else schedule.eval_forward()
         if slot is None:
             return
         with self.ledger.guard("forward"):
-            if slot.validation or not self._moved_unseen(root):
-                self._observe(root, slot, given)
-
-    def _observe(self, root: nn.Module, slot: Slot, given: tuple[Any, ...]) -> None:
-        elsewhere = self._forward is not None and self._forward.is_alive()
-        if not elsewhere and not is_traced() and not is_running(mc_dropout):
-            self._optimizers.recheck()
-            self._handled, self._depth, self._slot = sys.exc_info()[1], 0, slot
-            self._forward = ObservedForward(
-                root, self.wanted, **slot.due._asdict(), ledger=self.ledger
-            )
-            self._forward.begin(root, given)
-        if not slot.validation and slot.due.scalars:
-            self._gradients.watch(root)
+            if not slot.validation and self._moved_unseen(root):
+                return
+            elsewhere = self._forward is not None and self._forward.is_alive()
+            if not elsewhere and not is_traced() and not is_running(mc_dropout):
+                self._optimizers.recheck()
+                self._handled, self._depth, self._slot = sys.exc_info()[1], 0, slot
+                due = slot.due._asdict()
+                self._forward = ObservedForward(root, self.wanted, **due, ledger=self.ledger)
+                self._forward.begin(root, given)
+            if not slot.validation and slot.due.scalars:
+                self._gradients.watch(root)
 
     def _after_forward(self, root: nn.Module, args: Any, output: Any) -> None:
         """The hook that is called even when the forward of `root` raised."""
@@ -177,16 +169,13 @@ class Wiring:
                 self._after.remove()
             elif sys.exc_info()[1] is handled:  # else it raised: not a whole forward
                 readings = forward.readings(root, output)
-                if slot.validation:
-                    self._keep_validation(slot, readings)
-                else:
+                if not slot.validation:
                     self._pool.merge(readings)
-
-    def _keep_validation(self, slot: Slot, readings: Readings) -> None:
-        if not self.schedule.steps:
-            self.recorder.send()
-        slot = self.schedule.validated(slot)
-        self.recorder.add(Pending(slot.step, *slot.due, prefix="val", readings=readings))
+                    return
+                if not self.schedule.steps:
+                    self.recorder.send()
+                slot = self.schedule.validated(slot)
+                self.recorder.add(Pending(slot.step, *slot.due, prefix="val", readings=readings))
 
     def _close_forward(self) -> None:
         """Close the forward that is observed in this thread."""
@@ -222,15 +211,10 @@ class Wiring:
     def optimizer_begins(self, optimizer: Optimizer) -> None:
         """A step of `optimizer`, which may be another model's, begins."""
         root = self.root()
-        if root is not None and "updates" in self.wanted.kinds and self._is_seen(optimizer):
+        if root is not None and "updates" in self.wanted.kinds and self.is_seen(optimizer):
             again = self._optimizers.share(optimizer, self.schedule.stepped)
             if self.schedule.optimizer_begins(optimizer, again).scalars:
                 self._gradients.remember(root, optimizer)
-
-    def optimizer_ends(self, optimizer: Optimizer) -> None:
-        """A step of `optimizer` has ended."""
-        if self._is_seen(optimizer):
-            self.count(optimizer)
 
     def count(self, optimizer: Optimizer | None) -> None:
         """An optimizer has stepped; None is one that torch tells nothing of."""
@@ -238,7 +222,11 @@ class Wiring:
         again = self._optimizers.share(optimizer, schedule.stepped)
         begins = schedule.begins_step(optimizer, again)
         if begins:
-            self._end_step()
+            self._close_forward()
+            if schedule.steps == 1:
+                self._say_absent()
+            self.recorder.send()
+            self._step = None
         slot = schedule.optimizer_ends(optimizer, again, known=len(self._optimizers))
         if not self.is_on:  # the cadence, which is the user's, has detached
             return
@@ -261,13 +249,6 @@ class Wiring:
                 )
         self._watch()
 
-    def _end_step(self) -> None:
-        self._close_forward()
-        if self.schedule.steps == 1:
-            self._say_absent()
-        self.recorder.send()
-        self._step = None
-
     def _watch(self) -> None:
         root = self.root()
         if self.schedule.watches and root is not None:
@@ -275,7 +256,8 @@ class Wiring:
         else:
             self._gradients.unwatch()
 
-    def _is_seen(self, optimizer: Optimizer) -> bool:
+    def is_seen(self, optimizer: Optimizer) -> bool:
+        """Whether `optimizer` holds a parameter of the model, and its steps count here."""
         return self.is_on and self.is_here() and self._index(optimizer) is not None
 
     def _index(self, optimizer: Optimizer) -> int | None:
@@ -302,4 +284,5 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for wiring in () if torch.compiler.is_compiling() else tuple(_listeners):
-        wiring.optimizer_ends(optimizer)
+        if wiring.is_seen(optimizer):
+            wiring.count(optimizer)

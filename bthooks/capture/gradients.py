@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..measure.gradients import norms, ratios
+from ..measure.gradients import norms
 from ..measure.readings import Readings, learning_rates, parameter_histograms
 from ..measure.scaling import scaling
 from ..measure.sharded import is_sharded, whole_norms
@@ -154,9 +154,9 @@ class Gradients:
                 readings.norms_before_clip |= wholes[1]
                 self._ledger.captured("gradients", applied)
             if "updates" in kinds:
-                found = ratios(*wholes[-2:])
-                readings.update_ratios |= found
-                self._ledger.captured("updates", found)
+                change, size = wholes[-2:]
+                readings.update_ratios |= {name: change[name] / size[name] for name in size}
+                self._ledger.captured("updates", size)
 
     def _measure_optimizer(
         self, optimizer: Optimizer, index: int, steps: int, readings: Readings

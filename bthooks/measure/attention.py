@@ -239,19 +239,16 @@ def _accumulators(
 def merge(a: Tensor, b: Tensor) -> Tensor:
     """The accumulators of two parts of one map; per head where both have the same heads."""
     if a.shape != b.shape:
-        a, b = _over_known_heads(a), _over_known_heads(b)
+        a, b = _over_heads(a), _over_heads(b)
     return torch.cat([torch.maximum(a[:_MAXIMA], b[:_MAXIMA]), a[_MAXIMA:] + b[_MAXIMA:]])
 
 
 def _over_heads(a: Tensor) -> Tensor:
-    return torch.cat([a[:_MAXIMA].amax(1, keepdim=True), a[_MAXIMA:].sum(1, keepdim=True)])
-
-
-def _over_known_heads(a: Tensor) -> Tensor:
-    """As `_over_heads`, of the heads that `without_doubt` would keep; NaN if there are none."""
+    """One column, of the heads that `without_doubt` would keep; NaN if there are none."""
     known = ~a[_MAXIMA].isnan()
     maxima, sums = torch.where(known, a[:_MAXIMA], -torch.inf), torch.where(known, a[_MAXIMA:], 0)
-    return torch.where(known.any(), _over_heads(torch.cat([maxima, sums])), torch.nan)
+    over = torch.cat([maxima.amax(1, keepdim=True), sums.sum(1, keepdim=True)])
+    return torch.where(known.any(), over, torch.nan)
 
 
 def without_doubt(accumulators: Tensor) -> Tensor:

@@ -59,12 +59,6 @@ def norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found if len(groups) == 1 else {name: found[name] for name in tensors}
 
 
-@torch.no_grad()
-def ratios(change: Mapping[str, Tensor], size: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """‖change‖ / ‖size‖ for each parameter, as 0-d float32 tensors."""
-    return {name: change[name] / size[name] for name in size}
-
-
 def _first_stage(tensor: Tensor) -> Tensor:
     """The norms of a tensor's rows of 1024, and the elements that are left over."""
     wide = widened(tensor.dtype)

@@ -80,7 +80,9 @@ def histogram(tensor: Tensor) -> Histogram:
     counts = _up_to(keys, edges, below).diff(prepend=nonfinite)
     lost = nonfinite[0]
     summary = torch.stack([low, high, n - lost, sums.sum(), squares.sum(), lost])
-    return Histogram(_numbers(keys).to(wide), counts, summary)
+    # Infinity as the largest number.
+    limits = keys.abs().clamp_(max=-_MINUS_INF - 1).view(torch.float32).copysign(keys)
+    return Histogram(limits.to(wide), counts, summary)
 
 
 def raw(hist: Histogram) -> dict[str, Any] | None:
@@ -136,11 +138,6 @@ def _keys(values: Tensor, out: Sequence[Tensor | None] = (None, None)) -> Tensor
     bits = values.view(torch.int32)
     sign = torch.bitwise_right_shift(bits, 31, out=out[0])
     return torch.bitwise_and(bits, _MAGNITUDE, out=out[1]).bitwise_xor_(sign).sub_(sign)
-
-
-def _numbers(keys: Tensor) -> Tensor:
-    """The float32 numbers of keys, infinity as the largest number."""
-    return keys.abs().clamp_(max=-_MINUS_INF - 1).view(torch.float32).copysign(keys)
 
 
 def _sort(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

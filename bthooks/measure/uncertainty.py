@@ -87,14 +87,12 @@ def find_uncertainties(output: Any) -> dict[str, Tensor]:
     >>> find_uncertainties({"logits": torch.zeros(2), "epistemic": torch.ones(2)})
     {'epistemic': tensor([1., 1.])}
     """
-    found = {}
-    for kind, keys in KEYS.items():
-        for key in keys:
-            value = held_as(output, key)
-            is_real = isinstance(value, Tensor) and not (value.is_meta or value.is_complex())
-            if is_real and value.numel():
-                found[kind] = value
-                break
+    found: dict[str, Tensor] = {}
+    for kind, key in ((kind, key) for kind, keys in KEYS.items() for key in keys):
+        value = held_as(output, key)
+        is_real = isinstance(value, Tensor) and not (value.is_meta or value.is_complex())
+        if is_real and value.numel():
+            found.setdefault(kind, value)
     return found
 
 
@@ -127,14 +125,19 @@ def mc_dropout(model: nn.Module, *inputs: Any, samples: int = 16, **keywords: An
     """
     checks.model("mc_dropout", model)
     checks.whole("mc_dropout", "samples", samples, 1)
-    drawn = []
+    drawn: list[list[Tensor]] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        drawn[-1].append(tensor.clone())
+        return tensor
+
     with _dropping(model, (inputs, keywords)), torch.no_grad():
         for _ in range(samples):
             # Dropout in place would drop out of the input of the next forward too.
-            (args, kwargs), _ = _cloned((inputs, keywords))
-            output, tensors = _cloned(model(*args, **kwargs))
-            drawn.append(tensors)
-    if not tensors:
+            args, kwargs = _mapped((inputs, keywords), lambda tensor: tensor.clone())
+            drawn.append([])
+            output = _mapped(model(*args, **kwargs), keep)
+    if not drawn[-1]:
         raise TypeError(
             f"mc_dropout: the model returns a {type(output).__name__}, in which no tensor is "
             "found; wrap the model in one that returns tensors, or a dict or tuple of them"
@@ -165,17 +168,6 @@ def _mapped(given: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
     leaves, rebuilt = leaves_of(given)
     return rebuilt([of_leaf(leaf) for leaf in leaves])
-
-
-def _cloned(given: Any) -> tuple[Any, list[Tensor]]:
-    """`given` with a copy of each tensor in it, and the copies."""
-    clones: list[Tensor] = []
-
-    def clone(tensor: Tensor) -> Tensor:
-        clones.append(tensor.clone())
-        return clones[-1]
-
-    return _mapped(given, clone), clones
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from ..health.alerts import Alert, Verdict
 from ..health.dashboard import HEALTHY_ENTROPY, Layout, layout
 from ..measure.figures import Figures
 from ..measure.histograms import Histogram
-from ..names import tags
+from ..names import distinct, tag
 from .images import heat_map
 
 # A comment in Markdown, which TensorBoard leaves out: the fields for who reads the file.
@@ -42,7 +42,11 @@ class Event:
 
 def prefixed(event: Event, prefix: str) -> Event:
     """`event` with `prefix` in front of every tag, in the characters that every backend keeps."""
-    return event.mapped(lambda part: dict(zip(tags(prefix, part), part.values(), strict=True)))
+
+    def named(part: dict[str, Any]) -> dict[str, Any]:
+        return dict(zip(distinct(tag(prefix, name) for name in part), part.values(), strict=True))
+
+    return event.mapped(named)
 
 
 def event_of(figures: Figures, verdict: Verdict | None = None) -> Event:

@@ -59,7 +59,7 @@ def innermost(modules: Container[nn.Module]) -> nn.Module | None:
     """The innermost of `modules` that is called.
     Public global module hooks cost new graphs under `torch.compile`. `_call_impl` and
     `_wrapped_call_impl`, torch <= 2.11. Renamed, or written in C: an error. If another function
-    called the modules: None, and `finds_itself` would be False."""
+    called the modules: None, and `calls_on_stack` would be 0."""
     calls = _calls()
     called = (frame.f_locals["self"] for frame in _frames() if frame.f_code in calls)
     return next((module for module in called if module in modules), None)
@@ -70,15 +70,6 @@ def calls_on_stack(module: nn.Module) -> int:
     """How many calls of `module` run in this thread; as `innermost` (torch <= 2.11), 0 for None."""
     call = _calls()[0]
     return sum(frame.f_code is call and frame.f_locals["self"] is module for frame in _frames())
-
-
-def finds_itself(module: nn.Module) -> bool:
-    """Whether the call of `module` that runs this, from a hook, is found (torch <= 2.11).
-    If not, this version of torch is unknown: `innermost` would place no attention map. No error."""
-    try:
-        return calls_on_stack(module) > 0
-    except RuntimeError:
-        return False
 
 
 def steps_on_stack() -> bool:

@@ -95,20 +95,17 @@ def test_innermost():
     assert seen == [compiled]
 
 
-def test_calls_on_stack():
+def test_calls_on_stack(monkeypatch):
     class Recursive(nn.Module):
         def forward(self, depth):
             return self(depth - 1) if depth else room.calls_on_stack(self)
 
     assert [Recursive()(depth) for depth in (0, 1, 4)] == [1, 2, 5]
     assert room.calls_on_stack(Recursive()) == 0
-
-
-def test_finds_itself(monkeypatch):
     found = []
 
     def look(module, args):
-        found.append(room.finds_itself(module))
+        found.append(room.calls_on_stack(module))
 
     root = nn.Linear(2, 2)
     for hooked in (root, nn.DataParallel(root), torch.compile(nn.Linear(2, 2), backend="eager")):
@@ -118,7 +115,7 @@ def test_finds_itself(monkeypatch):
         nn.TransformerEncoderLayer(2, 1, 2).eval()(torch.ones(2, 2))
     assert len(found) > 4
     assert all(found)
-    assert not room.finds_itself(root)
+    assert not room.calls_on_stack(root)
 
     class Other(nn.Linear):
         """Its hooks are run by another function, as if torch had renamed it."""
@@ -131,9 +128,11 @@ def test_finds_itself(monkeypatch):
     assert not found[-1]
     room._calls.cache_clear()
     monkeypatch.setattr(nn.Module, "_call_impl", len)
-    assert not room.finds_itself(root)  # in C
+    with pytest.raises(RuntimeError, match="calls_on_stack"):
+        room.calls_on_stack(root)  # in C
     monkeypatch.delattr(nn.Module, "_call_impl")
-    assert not room.finds_itself(root)  # renamed
+    with pytest.raises(RuntimeError, match="calls_on_stack"):
+        room.calls_on_stack(root)  # renamed
 
 
 def test_steps_on_stack():

@@ -20,7 +20,7 @@ from ..measure.sharded import readable
 from ..measure.uncertainty import find_uncertainties
 from ..names import module_names
 from ..report import Ledger
-from ..torch_private import Hook, finds_itself, without_modes
+from ..torch_private import Hook, calls_on_stack, without_modes
 from .attention import AttentionMode, Doubt
 from .nonfinite import Trail, observable
 from .wanted import Wanted
@@ -54,14 +54,15 @@ class ObservedForward:
                         hook = Hook(functools.partial(self._activation, path))
                         self._handles.append(module.register_forward_hook(hook))
             if scalars and "attention" in wanted.kinds:
-                if not finds_itself(root):
-                    ledger.warn_once(
-                        "attention",
-                        f"torch {torch.__version__} is unknown: it does not run modules as the "
-                        "versions before, and which of them ran a map can't be told",
-                    )
-                self._mode = AttentionMode(paths, self._map, wanted.rows, ledger)
-                self._mode.enter()
+                with ledger.guard("attention"):
+                    if not calls_on_stack(root):
+                        ledger.warn_once(
+                            "attention",
+                            f"torch {torch.__version__} is unknown: it does not run modules as the "
+                            "versions before, and which of them ran a map can't be told",
+                        )
+                    self._mode = AttentionMode(paths, self._map, wanted.rows, ledger)
+                    self._mode.enter()
         except BaseException:
             self.close()
             raise

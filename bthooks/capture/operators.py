@@ -75,6 +75,10 @@ ARGUMENTS = {
     "slopes": ("alibi_slopes",),
     "softcap": ("softcap",),
 }
+_FLEX = (
+    *("query", "key", "value", "score_mod", "block_mask", "scale", "options"),
+    *("score_buffers", "mask_buffers"),
+)
 _TOLD_BY = ("query", "key", "value")  # an operator in no table that has these may be attention
 # Where another tensor is given than these and those above, the scores are made of more than we read
 # (pages of a cache, lengths, rotations, scales of float8): what the operator returned has to show.
@@ -137,7 +141,7 @@ class Role(NamedTuple):
 def role(func: Any) -> Role:
     """The role of `func`, as a dispatch mode is given it."""
     if func is torch.ops.higher_order.flex_attention:
-        return Role(FLEX)
+        return Role(FLEX, dict.fromkeys(_FLEX, ()))
     signature = schema(func)
     if signature is None:
         return Role()

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -49,18 +49,13 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-@functools.cache
-def _calls() -> tuple[CodeType, CodeType]:
-    return nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__
-
-
 @_private
 def innermost(modules: Container[nn.Module]) -> nn.Module | None:
     """The innermost of `modules` that is called.
     Public global module hooks cost new graphs under `torch.compile`. `_call_impl` and
     `_wrapped_call_impl`, torch <= 2.11. Renamed, or written in C: an error. If another function
     called the modules: None, and `calls_on_stack` would be 0."""
-    calls = _calls()
+    calls = nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__
     called = (frame.f_locals["self"] for frame in _frames() if frame.f_code in calls)
     return next((module for module in called if module in modules), None)
 
@@ -68,7 +63,7 @@ def innermost(modules: Container[nn.Module]) -> nn.Module | None:
 @_private
 def calls_on_stack(module: nn.Module) -> int:
     """How many calls of `module` run in this thread; as `innermost` (torch <= 2.11), 0 for None."""
-    call = _calls()[0]
+    call = nn.Module._call_impl.__code__
     return sum(frame.f_code is call and frame.f_locals["self"] is module for frame in _frames())
 
 

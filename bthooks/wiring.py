@@ -154,9 +154,8 @@ class Wiring:
             self._optimizers.recheck()
             self._handled, self._depth, self._slot = sys.exc_info()[1], 0, slot
             self._forward = ObservedForward(
-                root, self.wanted, **slot.due._asdict(), ledger=self.ledger
+                root, given, self.wanted, **slot.due._asdict(), ledger=self.ledger
             )
-            self._forward.begin(root, given)
         if not slot.validation and slot.due.scalars:
             self._gradients.watch(root)
 

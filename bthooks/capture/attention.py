@@ -36,7 +36,7 @@ Doubt = tuple[str, str]  # what is to be said if the accumulators turn out to be
 
 
 class AttentionMode:
-    """Passes every operator through and reports the attention maps among them.
+    """Passes every operator through and reports the attention maps among them, until `leave`.
 
     Args:
         paths: the modules that a map may belong to, with their paths.
@@ -54,8 +54,6 @@ class AttentionMode:
         self._paths, self._found, self._rows, self._ledger = paths, found, rows, ledger
         self._provenance = Provenance(*own_tensors(paths), self._map, rows)
         self._mode = dispatch_mode(self._dispatch)
-
-    def enter(self) -> None:
         self._mode.__enter__()
 
     def leave(self) -> None:

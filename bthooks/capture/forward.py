@@ -27,15 +27,23 @@ from .wanted import Wanted
 
 
 class ObservedForward:
-    """One observed forward of `root`: open before it; close after it, then ask for its readings.
+    """One observed forward of `root`: made before it; close after it, then ask for its readings.
 
     Args:
+        given: what the model is called with.
         wanted: of its kinds, attention, activations and uncertainty are captured here.
         scalars, histograms: whether these are due.
     """
 
     def __init__(
-        self, root: nn.Module, wanted: Wanted, *, scalars: bool, histograms: bool, ledger: Ledger
+        self,
+        root: nn.Module,
+        given: Any,
+        wanted: Wanted,
+        *,
+        scalars: bool,
+        histograms: bool,
+        ledger: Ledger,
     ) -> None:
         self.thread = threading.get_ident()
         self._wanted, self._histograms, self._ledger = wanted, histograms, ledger
@@ -62,14 +70,10 @@ class ObservedForward:
                             "versions before, and which of them ran a map can't be told",
                         )
                     self._mode = AttentionMode(paths, self._map, wanted.rows, ledger)
-                    self._mode.enter()
+            self._trail.before(root, given)
         except BaseException:
             self.close()
             raise
-
-    def begin(self, root: nn.Module, given: Any) -> None:
-        """Look at what the model is given."""
-        self._trail.before(root, given)
 
     def is_alive(self) -> bool:
         """Whether the thread that opened it still runs."""

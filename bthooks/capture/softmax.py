@@ -47,8 +47,7 @@ class _Weights:
 
     heads: int  # these as of the scores
     width: int
-    sums: Tensor | None  # accumulators; None once they were handed out, or before it is normal
-    normal: bool  # whether the rows sum to 1
+    sums: Tensor | None  # accumulators; None before the rows sum to 1, and once handed out
 
 
 _Mark = _Made | _Scores | _Weights
@@ -93,7 +92,7 @@ class Provenance:
         elif part == "exp" and isinstance(mark := self._of(args[0]), _Scores):
             # A softmax that is written out, once its norm is seen.
             sums = self._sums_of_weights(output) if mark.normal else None
-            self._mark(output, _Weights(mark.heads, mark.width, sums, mark.normal))
+            self._mark(output, _Weights(mark.heads, mark.width, sums))
         elif part == "copy" and isinstance(self._of(args[0]), _Scores) and _is_whole(args[0]):
             self._mark(args[0], self._of(args[1]))  # a buffer that is used again
         elif part in ("logsumexp", "sum") and self._is_norm(part, args):
@@ -120,7 +119,7 @@ class Provenance:
         elif weights is None:
             shape = (1,) if output.is_nested or not output.dim() else output.shape
             self._mark(output, _Scores(math.prod(shape[:-2]), shape[-1]))
-        elif weights.normal:
+        else:
             self._seen(weights)
 
     def _softmax(self, scores: Tensor, dim: int, output: Tensor, *, logarithm: bool) -> None:
@@ -134,7 +133,7 @@ class Provenance:
         else:
             with without_modes():
                 sums = sums_of_scores(scores.detach(), keys=mark.keys, rows=self._rows)
-        self._mark(output, _Weights(mark.heads, mark.width, sums, normal=True))
+        self._mark(output, _Weights(mark.heads, mark.width, sums))
 
     def _sums_of_weights(self, weights: Tensor) -> Tensor | None:
         if not _is_last(-1, weights):
@@ -184,7 +183,7 @@ class Provenance:
             if isinstance(kept, _Scores):
                 kept = replace(kept, normal=True)
             elif isinstance(kept, _Weights):  # whatever was masked since
-                kept = replace(kept, sums=self._sums_of_weights(outputs[0]), normal=True)
+                kept = replace(kept, sums=self._sums_of_weights(outputs[0]))
         if kept is not None:
             self._mark(outputs[0], kept)
         elif not any(tensor.is_nested for tensor in (*tensors, *outputs)):

@@ -290,20 +290,16 @@ def storage_of(tensor: Tensor) -> tuple[int, torch.UntypedStorage] | None:
 
 
 @_private
-def backward_pass() -> int:
-    """The number of the backward pass that runs in this thread; -1 for none.
-    Nothing public tells. `_current_graph_task_id`, torch <= 2.11. Renamed: an error."""
-    return torch._C._current_graph_task_id()
-
-
-@_private
-def after_backward(callback: Callable[[], None]) -> None:
-    """Call `callback` at the end of the backward pass that runs in this thread.
+def after_backward(callback: Callable[[], None], former: int | None) -> int:
+    """Call `callback` at the end of the backward pass that runs in this thread, once: its number.
     That is after DDP's and FSDP2's own, which reduce the gradients; the public
-    `register_multi_grad_hook` comes before. `queue_callback`, torch <= 2.11. Renamed: an error."""
-    # What is queued at the end runs behind what was queued until then.
-    engine = torch.autograd.Variable._execution_engine
-    engine.queue_callback(functools.partial(engine.queue_callback, callback))
+    `register_multi_grad_hook` comes before. Nothing is called for the pass of the number `former`.
+    `queue_callback`, `_current_graph_task_id`, torch <= 2.11. Renamed: an error."""
+    if (number := torch._C._current_graph_task_id()) != former:
+        # What is queued at the end runs behind what was queued until then.
+        engine = torch.autograd.Variable._execution_engine
+        engine.queue_callback(functools.partial(engine.queue_callback, callback))
+    return number
 
 
 class Hook:

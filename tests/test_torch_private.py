@@ -330,31 +330,13 @@ def test_leaves_of():
     assert doubled == {"a": [2, (4, None)], "b": Pair(6, Registered(8))}
 
 
-def test_backward_pass():
-    found, recomputed = [], []
-    parameters = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(lambda _: found.append(room.backward_pass()))
-
-    def look(x):
-        recomputed.append(room.backward_pass())
-        return x.exp()
-
-    for _ in range(2):
-        checkpoint(look, parameters[0] * parameters[1], use_reentrant=False).sum().backward()
-    a, again, b, _ = found
-    assert -1 != a == again != b != -1
-    assert recomputed == [-1, a, -1, b]
-    assert room.backward_pass() == -1
-
-
 def test_after_backward():
     order = []
     first, last = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
 
     def accumulated(parameter):
         order.append("last")
-        room.after_backward(lambda: order.append("ours"))
+        room.after_backward(lambda: order.append("ours"), former=None)
 
     def reduce(parameter):
         order.append("first")
@@ -365,6 +347,25 @@ def test_after_backward():
     first.register_post_accumulate_grad_hook(reduce)
     ((first * 2).exp() * last).sum().backward()
     assert order == ["last", "first", "reduced", "ours"]
+
+    numbers, recomputed, ended = [None], [], []
+    parameters = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+
+    def look(x):
+        recomputed.append(torch._C._current_graph_task_id())
+        return x.exp()
+
+    def accumulated_again(_):
+        numbers.append(room.after_backward(lambda: ended.append(numbers[-1]), numbers[-1]))
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(accumulated_again)
+    for _ in range(2):
+        checkpoint(look, parameters[0] * parameters[1], use_reentrant=False).sum().backward()
+    _, a, again, b, last_one = numbers
+    assert -1 != a == again != b == last_one != -1
+    assert recomputed == [-1, a, -1, b]
+    assert ended == [a, b]
 
 
 def test_the_names_of_wrappers_are_known():

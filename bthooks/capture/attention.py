@@ -108,18 +108,16 @@ class AttentionMode:
 
     def _map(self, sums: Tensor, doubt: Doubt | None = None) -> None:
         module = innermost(self._paths)
-        if type(sums) is not Tensor:  # a fake one, or a DTensor: it would cost the whole event
-            path = self._paths.get(module, "root") if module is not None else "root"
-            self._ledger.warn_once(
-                f"attention of {path}", f"unsupported tensors: {type(sums).__name__}"
-            )
-        elif module is None:
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module = module.self_attn  # whose forward the fast path does not call
+        if module is None:
             self._ledger.warn_once(
                 "attention of an unknown module",
                 "a map was seen, but no call of a module of the model is on the Python stack, by "
                 "which it would be named: not measured",
             )
+        elif type(sums) is not Tensor:  # a fake one, or a DTensor: it would cost the whole event
+            why = f"unsupported tensors: {type(sums).__name__}"
+            self._ledger.warn_once(f"attention of {self._paths[module]}", why)
         else:
-            if isinstance(module, nn.TransformerEncoderLayer):
-                module = module.self_attn  # whose forward the fast path does not call
             self._found(self._paths[module], sums, doubt)

@@ -21,7 +21,7 @@ from ..measure.scaling import scaling
 from ..measure.sharded import is_sharded, whole_norms
 from ..names import parameter_names
 from ..report import Ledger
-from ..torch_private import Hook, after_backward, backward_pass, find_scaler
+from ..torch_private import Hook, after_backward, find_scaler
 from .optimizers import held
 from .wanted import Wanted
 
@@ -62,10 +62,8 @@ class Gradients:
         if torch.compiler.is_compiling():
             return
         try:
-            task = backward_pass()
-            if task != self._backward:
-                self._backward = task
-                after_backward(functools.partial(self._backward_ended, root))
+            ended = functools.partial(self._backward_ended, root)
+            self._backward = after_backward(ended, former=self._backward)
         except Exception as error:  # a guard takes 1.5 us, at each parameter
             self._ledger.failed("gradients before clipping", error)
 

@@ -72,7 +72,7 @@ class Provenance:
         self._found, self._rows = found, rows
         # A weak reference to the storage: nothing is kept alive for the trace, and the address is
         # not used again before the reference goes.
-        self._marks: dict[int, tuple[StorageWeakRef, _Mark]] = {}
+        self._marks: dict[int, tuple[StorageWeakRef | None, _Mark | None]] = {}
         for tensors, mark in ((buffers, _CONSTANT), (parameters, _PARAMETER)):
             for tensor in tensors:
                 if not is_lazy(tensor):
@@ -205,17 +205,11 @@ class Provenance:
 
     def _of(self, tensor: Tensor) -> _Mark | None:
         found = storage_of(tensor)
-        marked = None if found is None else self._marks.get(found[0])
-        return None if marked is None else marked[1]
+        return None if found is None else self._marks.get(found[0], (None, None))[1]
 
     def _mark(self, tensor: Tensor, mark: _Mark | None) -> None:
-        if (found := storage_of(tensor)) is None:
-            return
-        address, storage = found
-        if mark is None:
-            self._marks.pop(address, None)
-        else:
-            self._marks[address] = StorageWeakRef(storage), mark
+        if (found := storage_of(tensor)) is not None:
+            self._marks[found[0]] = StorageWeakRef(found[1]), mark
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

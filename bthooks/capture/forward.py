@@ -47,7 +47,7 @@ class ObservedForward:
     ) -> None:
         self.thread = threading.get_ident()
         self._wanted, self._histograms, self._ledger = wanted, histograms, ledger
-        self._activations: dict[str, Histogram] = {}
+        self._activations: dict[Drawn, Histogram] = {}
         self._maps: dict[str, list[Tensor]] = {}
         self._doubts: dict[str, Doubt] = {}
         self._handles: list[RemovableHandle] = []
@@ -55,7 +55,7 @@ class ObservedForward:
         paths = module_names(root)
         self._trail = Trail(paths, ledger)
         try:
-            self._trail.open()
+            self._handles.extend(self._trail.hooks())
             if histograms and "activations" in wanted.kinds:
                 for module in observable(paths):
                     if wanted.selected(path := paths[module]):
@@ -85,7 +85,6 @@ class ObservedForward:
         if mode is not None:
             with self._ledger.guard("attention"):
                 mode.leave()
-        self._trail.close()
         for handle in self._handles:
             handle.remove()
 
@@ -103,9 +102,8 @@ class ObservedForward:
                     if path in self._doubts:
                         readings.doubts[name] = self._doubts[path]
         ledger.captured("attention", readings.attention)
-        for path, found in self._activations.items():
-            readings.histograms[Drawn("activations", path)] = found
-        ledger.captured("activations", self._activations)
+        readings.histograms |= self._activations
+        ledger.captured("activations", (drawn.name for drawn in self._activations))
         if "uncertainty" in self._wanted.kinds:
             with ledger.guard("uncertainty"):
                 kinds = find_uncertainties(output)
@@ -122,8 +120,9 @@ class ObservedForward:
     def _activation(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
         try:
             tensor = next(tensors_in(output, depth=1, dataclass=False), None)
-            if tensor is not None and path not in self._activations:
+            drawn = Drawn("activations", path)
+            if tensor is not None and drawn not in self._activations:
                 with without_modes():
-                    self._activations[path] = histogram(readable(tensor))
+                    self._activations[drawn] = histogram(readable(tensor))
         except Exception as error:
             self._ledger.failed(f"activations of {path}", error)

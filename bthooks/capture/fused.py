@@ -71,7 +71,12 @@ def _scoring(
     starts_q, starts_k, slopes, softcap = (
         arguments[name] for name in ("starts_q", "starts_k", "slopes", "softcap")
     )
-    left, right = _window(arguments)
+    left, right, window = (arguments[name] for name in ("left", "right", "window"))
+    if isinstance(window, int):
+        left = window - 1
+    elif isinstance(window, tuple | list) and len(window) == 2:
+        left, right = window
+    left, right = (None if side is None or side < 0 else side for side in (left, right))
     special = (starts_q, starts_k, slopes, softcap or None, left, right)
     is_plain = all(value is None for value in special)
     if is_plain and (corner != "bottom right" or query.shape[-2] == key.shape[-2]):
@@ -101,17 +106,6 @@ def _scoring(
         return score
 
     return scoring | {"mask_mod": sees, "score_mod": change}
-
-
-def _window(arguments: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """How many keys a row sees before its own place, and behind it; None: all."""
-    left, right, window = (arguments[name] for name in ("left", "right", "window"))
-    if isinstance(window, int):  # up to the row's own place
-        left = window - 1
-    elif isinstance(window, tuple | list) and len(window) == 2:
-        left, right = window
-    left, right = (None if side is None or side < 0 else side for side in (left, right))
-    return left, right
 
 
 def _places(x: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -90,8 +90,6 @@ _DECOMPOSED = {
     *("scaled_dot_product_attention", "_scaled_dot_product_attention_math"),
     *("einsum", "tensordot"),
 }
-# Whether these call mm or bmm depends on what they are run in.
-_CHOOSING = {"linear", "matmul"}
 
 # What is a part of an explicit attention, which `softmax.py` follows: by name, the part.
 _PARTS = {
@@ -134,7 +132,7 @@ class Role(NamedTuple):
     mutates: bool = False  # whether it overwrites an argument
     is_view: bool = False  # whether what it returns has the storage of what it was given
     decomposes: bool = False  # whether the mode is to see what it is made of instead
-    chooses: bool = False  # whether what it calls depends on what it is run in
+    chooses: bool = False  # whether it calls mm or bmm by what it is run in
 
 
 @functools.cache
@@ -165,5 +163,5 @@ def role(func: Any) -> Role:
         keeps=torch.Tag.pointwise in func.tags or plain in _KEEPING,
         mutates=signature.is_mutable,
         is_view=name in _VIEWS,
-        chooses=is_default and name in _CHOOSING,
+        chooses=is_default and name in ("linear", "matmul"),
     )

@@ -193,8 +193,8 @@ class Provenance:
         self, role: Role, given: list[tuple[Tensor, _Mark | None]], outputs: list[Tensor]
     ) -> None:
         """Mark what is made of parameters and constants alone, by whatever operator."""
-        filled = role.part == "fill"
-        known = filled or all(mark in _KNOWN or tensor.numel() == 1 for tensor, mark in given)
+        known = all(mark in _KNOWN or tensor.numel() == 1 for tensor, mark in given)
+        known = known or role.part == "fill"
         for output in outputs if known or role.mutates else ():
             before = self._of(output)
             if known and before is None:

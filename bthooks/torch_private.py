@@ -11,7 +11,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -49,18 +49,13 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-@functools.cache
-def _calls() -> tuple[CodeType, CodeType]:
-    return nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__
-
-
 @_private
 def innermost(modules: Container[nn.Module]) -> nn.Module | None:
     """The innermost of `modules` that is called.
     Public global module hooks cost new graphs under `torch.compile`. `_call_impl` and
     `_wrapped_call_impl`, torch <= 2.11. Renamed, or written in C: an error. If another function
-    called the modules: None, and `finds_itself` would be False."""
-    calls = _calls()
+    called the modules: None, and `calls_on_stack` would be 0."""
+    calls = nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__
     called = (frame.f_locals["self"] for frame in _frames() if frame.f_code in calls)
     return next((module for module in called if module in modules), None)
 
@@ -68,17 +63,8 @@ def innermost(modules: Container[nn.Module]) -> nn.Module | None:
 @_private
 def calls_on_stack(module: nn.Module) -> int:
     """How many calls of `module` run in this thread; as `innermost` (torch <= 2.11), 0 for None."""
-    call = _calls()[0]
+    call = nn.Module._call_impl.__code__
     return sum(frame.f_code is call and frame.f_locals["self"] is module for frame in _frames())
-
-
-def finds_itself(module: nn.Module) -> bool:
-    """Whether the call of `module` that runs this, from a hook, is found (torch <= 2.11).
-    If not, this version of torch is unknown: `innermost` would place no attention map. No error."""
-    try:
-        return calls_on_stack(module) > 0
-    except RuntimeError:
-        return False
 
 
 def steps_on_stack() -> bool:
@@ -304,20 +290,16 @@ def storage_of(tensor: Tensor) -> tuple[int, torch.UntypedStorage] | None:
 
 
 @_private
-def backward_pass() -> int:
-    """The number of the backward pass that runs in this thread; -1 for none.
-    Nothing public tells. `_current_graph_task_id`, torch <= 2.11. Renamed: an error."""
-    return torch._C._current_graph_task_id()
-
-
-@_private
-def after_backward(callback: Callable[[], None]) -> None:
-    """Call `callback` at the end of the backward pass that runs in this thread.
+def after_backward(callback: Callable[[], None], former: int | None) -> int:
+    """Call `callback` at the end of the backward pass that runs in this thread, once: its number.
     That is after DDP's and FSDP2's own, which reduce the gradients; the public
-    `register_multi_grad_hook` comes before. `queue_callback`, torch <= 2.11. Renamed: an error."""
-    # What is queued at the end runs behind what was queued until then.
-    engine = torch.autograd.Variable._execution_engine
-    engine.queue_callback(functools.partial(engine.queue_callback, callback))
+    `register_multi_grad_hook` comes before. Nothing is called for the pass of the number `former`.
+    `queue_callback`, `_current_graph_task_id`, torch <= 2.11. Renamed: an error."""
+    if (number := torch._C._current_graph_task_id()) != former:
+        # What is queued at the end runs behind what was queued until then.
+        engine = torch.autograd.Variable._execution_engine
+        engine.queue_callback(functools.partial(engine.queue_callback, callback))
+    return number
 
 
 class Hook:

@@ -147,8 +147,7 @@ class Wiring:
                 self._optimizers.recheck()
                 self._handled, self._depth, self._slot = sys.exc_info()[1], 0, slot
                 due = slot.due._asdict()
-                self._forward = ObservedForward(root, self.wanted, **due, ledger=self.ledger)
-                self._forward.begin(root, given)
+                self._forward = ObservedForward(root, given, self.wanted, **due, ledger=self.ledger)
             if not slot.validation and slot.due.scalars:
                 self._gradients.watch(root)
 

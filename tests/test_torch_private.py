@@ -95,20 +95,17 @@ def test_innermost():
     assert seen == [compiled]
 
 
-def test_calls_on_stack():
+def test_calls_on_stack(monkeypatch):
     class Recursive(nn.Module):
         def forward(self, depth):
             return self(depth - 1) if depth else room.calls_on_stack(self)
 
     assert [Recursive()(depth) for depth in (0, 1, 4)] == [1, 2, 5]
     assert room.calls_on_stack(Recursive()) == 0
-
-
-def test_finds_itself(monkeypatch):
     found = []
 
     def look(module, args):
-        found.append(room.finds_itself(module))
+        found.append(room.calls_on_stack(module))
 
     root = nn.Linear(2, 2)
     for hooked in (root, nn.DataParallel(root), torch.compile(nn.Linear(2, 2), backend="eager")):
@@ -118,7 +115,7 @@ def test_finds_itself(monkeypatch):
         nn.TransformerEncoderLayer(2, 1, 2).eval()(torch.ones(2, 2))
     assert len(found) > 4
     assert all(found)
-    assert not room.finds_itself(root)
+    assert not room.calls_on_stack(root)
 
     class Other(nn.Linear):
         """Its hooks are run by another function, as if torch had renamed it."""
@@ -129,11 +126,12 @@ def test_finds_itself(monkeypatch):
     other.register_forward_pre_hook(look)
     other(torch.ones(2))
     assert not found[-1]
-    room._calls.cache_clear()
     monkeypatch.setattr(nn.Module, "_call_impl", len)
-    assert not room.finds_itself(root)  # in C
+    with pytest.raises(RuntimeError, match="calls_on_stack"):
+        room.calls_on_stack(root)  # in C
     monkeypatch.delattr(nn.Module, "_call_impl")
-    assert not room.finds_itself(root)  # renamed
+    with pytest.raises(RuntimeError, match="calls_on_stack"):
+        room.calls_on_stack(root)  # renamed
 
 
 def test_steps_on_stack():
@@ -332,31 +330,13 @@ def test_leaves_of():
     assert doubled == {"a": [2, (4, None)], "b": Pair(6, Registered(8))}
 
 
-def test_backward_pass():
-    found, recomputed = [], []
-    parameters = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(lambda _: found.append(room.backward_pass()))
-
-    def look(x):
-        recomputed.append(room.backward_pass())
-        return x.exp()
-
-    for _ in range(2):
-        checkpoint(look, parameters[0] * parameters[1], use_reentrant=False).sum().backward()
-    a, again, b, _ = found
-    assert -1 != a == again != b != -1
-    assert recomputed == [-1, a, -1, b]
-    assert room.backward_pass() == -1
-
-
 def test_after_backward():
     order = []
     first, last = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
 
     def accumulated(parameter):
         order.append("last")
-        room.after_backward(lambda: order.append("ours"))
+        room.after_backward(lambda: order.append("ours"), former=None)
 
     def reduce(parameter):
         order.append("first")
@@ -367,6 +347,25 @@ def test_after_backward():
     first.register_post_accumulate_grad_hook(reduce)
     ((first * 2).exp() * last).sum().backward()
     assert order == ["last", "first", "reduced", "ours"]
+
+    numbers, recomputed, ended = [None], [], []
+    parameters = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+
+    def look(x):
+        recomputed.append(torch._C._current_graph_task_id())
+        return x.exp()
+
+    def accumulated_again(_):
+        numbers.append(room.after_backward(lambda: ended.append(numbers[-1]), numbers[-1]))
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(accumulated_again)
+    for _ in range(2):
+        checkpoint(look, parameters[0] * parameters[1], use_reentrant=False).sum().backward()
+    _, a, again, b, last_one = numbers
+    assert -1 != a == again != b == last_one != -1
+    assert recomputed == [-1, a, -1, b]
+    assert ended == [a, b]
 
 
 def test_the_names_of_wrappers_are_known():

@@ -8,7 +8,7 @@ torch.nn's C++ fast paths in eval()), of which `fused.py` reads query, key and m
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,12 +24,9 @@ from ..torch_private import (
     without_modes,
 )
 from . import fused
-from .operators import FLEX, UNKNOWN, Role, role
+from .operators import Role, role
 from .softmax import Provenance
 
-_PLAIN = (Tensor, nn.Parameter)
-_OTHER = Role()
-_PLAINLY: AbstractContextManager[object] = nullcontext()
 _UNSUPPORTED = (
     "unsupported operator: it takes query, key and value, but what it returns is not "
     "softmax(scale query key^T) value as far as its arguments are understood; dropout "
@@ -39,7 +36,7 @@ Doubt = tuple[str, str]  # what is to be said if the accumulators turn out to be
 
 
 class AttentionMode:
-    """Passes every operator through and reports the attention maps among them.
+    """Passes every operator through and reports the attention maps among them, until `leave`.
 
     Args:
         paths: the modules that a map may belong to, with their paths.
@@ -57,8 +54,6 @@ class AttentionMode:
         self._paths, self._found, self._rows, self._ledger = paths, found, rows, ledger
         self._provenance = Provenance(*own_tensors(paths), self._map, rows)
         self._mode = dispatch_mode(self._dispatch)
-
-    def enter(self) -> None:
         self._mode.__enter__()
 
     def leave(self) -> None:
@@ -72,14 +67,14 @@ class AttentionMode:
             raise
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        its, outside = _OTHER, _PLAINLY
         try:  # a guard takes 1.5 us, at each operator
             its = role(func)
-            outside = as_outside_modes() if its.chooses else outside
+            outside = as_outside_modes() if its.chooses else nullcontext()
         except Exception as error:
             self._ledger.failed(f"attention of {func}", error)
+            return func(*args, **kwargs)
         # Most of all that run. Those of a subclass that wraps tensors have a storage of their own.
-        if its.is_view and type(args[0]) in _PLAIN:
+        if its.is_view and type(args[0]) in (Tensor, nn.Parameter):
             return func(*args, **kwargs)
         if its.decomposes:
             with self._mode:
@@ -99,37 +94,30 @@ class AttentionMode:
             return
         if its.fused is None:
             return self._provenance.follow(its, args, output)
-        if its.fused == FLEX:
-            with without_modes():
-                sums = fused.sums_of_flex(*args, rows=self._rows)
-            return self._map(sums)
         given = its.defaults | dict(zip(its.defaults, args, strict=False)) | kwargs
         first = next((value for value in given.values() if isinstance(value, Tensor)), None)
         if first is None or first.is_meta or not first.numel():
             return
-        how, arguments = fused.read(its.fused, given)
         with without_modes(), torch.autocast(first.device.type, enabled=False):
-            found = fused.sums_of(how, arguments, output, rows=self._rows)
+            found = fused.sums_of(its.fused, given, output, rows=self._rows)
         doubt = f"attention of {func}", _UNSUPPORTED
         if found is None:
             self._ledger.warn_once(*doubt)
         else:
-            self._map(found, doubt if how == UNKNOWN else None)
+            self._map(found, doubt)
 
     def _map(self, sums: Tensor, doubt: Doubt | None = None) -> None:
         module = innermost(self._paths)
-        if type(sums) is not Tensor:  # a fake one, or a DTensor: it would cost the whole event
-            path = self._paths.get(module, "root") if module is not None else "root"
-            self._ledger.warn_once(
-                f"attention of {path}", f"unsupported tensors: {type(sums).__name__}"
-            )
-        elif module is None:
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module = module.self_attn  # whose forward the fast path does not call
+        if module is None:
             self._ledger.warn_once(
                 "attention of an unknown module",
                 "a map was seen, but no call of a module of the model is on the Python stack, by "
                 "which it would be named: not measured",
             )
+        elif type(sums) is not Tensor:  # a fake one, or a DTensor: it would cost the whole event
+            why = f"unsupported tensors: {type(sums).__name__}"
+            self._ledger.warn_once(f"attention of {self._paths[module]}", why)
         else:
-            if isinstance(module, nn.TransformerEncoderLayer):
-                module = module.self_attn  # whose forward the fast path does not call
             self._found(self._paths[module], sums, doubt)

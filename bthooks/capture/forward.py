@@ -20,26 +20,34 @@ from ..measure.sharded import readable
 from ..measure.uncertainty import find_uncertainties
 from ..names import module_names
 from ..report import Ledger
-from ..torch_private import Hook, finds_itself, without_modes
+from ..torch_private import Hook, calls_on_stack, without_modes
 from .attention import AttentionMode, Doubt
 from .nonfinite import Trail, observable
 from .wanted import Wanted
 
 
 class ObservedForward:
-    """One observed forward of `root`: open before it; close after it, then ask for its readings.
+    """One observed forward of `root`: made before it; close after it, then ask for its readings.
 
     Args:
+        given: what the model is called with.
         wanted: of its kinds, attention, activations and uncertainty are captured here.
         scalars, histograms: whether these are due.
     """
 
     def __init__(
-        self, root: nn.Module, wanted: Wanted, *, scalars: bool, histograms: bool, ledger: Ledger
+        self,
+        root: nn.Module,
+        given: Any,
+        wanted: Wanted,
+        *,
+        scalars: bool,
+        histograms: bool,
+        ledger: Ledger,
     ) -> None:
         self.thread = threading.get_ident()
         self._wanted, self._histograms, self._ledger = wanted, histograms, ledger
-        self._activations: dict[str, Histogram] = {}
+        self._activations: dict[Drawn, Histogram] = {}
         self._maps: dict[str, list[Tensor]] = {}
         self._doubts: dict[str, Doubt] = {}
         self._handles: list[RemovableHandle] = []
@@ -47,28 +55,25 @@ class ObservedForward:
         paths = module_names(root)
         self._trail = Trail(paths, ledger)
         try:
-            self._trail.open()
+            self._handles.extend(self._trail.hooks())
             if histograms and "activations" in wanted.kinds:
                 for module in observable(paths):
                     if wanted.selected(path := paths[module]):
                         hook = Hook(functools.partial(self._activation, path))
                         self._handles.append(module.register_forward_hook(hook))
             if scalars and "attention" in wanted.kinds:
-                if not finds_itself(root):
-                    ledger.warn_once(
-                        "attention",
-                        f"torch {torch.__version__} is unknown: it does not run modules as the "
-                        "versions before, and which of them ran a map can't be told",
-                    )
-                self._mode = AttentionMode(paths, self._map, wanted.rows, ledger)
-                self._mode.enter()
+                with ledger.guard("attention"):
+                    if not calls_on_stack(root):
+                        ledger.warn_once(
+                            "attention",
+                            f"torch {torch.__version__} is unknown: it does not run modules as the "
+                            "versions before, and which of them ran a map can't be told",
+                        )
+                    self._mode = AttentionMode(paths, self._map, wanted.rows, ledger)
+            self._trail.before(root, given)
         except BaseException:
             self.close()
             raise
-
-    def begin(self, root: nn.Module, given: Any) -> None:
-        """Look at what the model is given."""
-        self._trail.before(root, given)
 
     def is_alive(self) -> bool:
         """Whether the thread that opened it still runs."""
@@ -80,7 +85,6 @@ class ObservedForward:
         if mode is not None:
             with self._ledger.guard("attention"):
                 mode.leave()
-        self._trail.close()
         for handle in self._handles:
             handle.remove()
 
@@ -98,9 +102,8 @@ class ObservedForward:
                     if path in self._doubts:
                         readings.doubts[name] = self._doubts[path]
         ledger.captured("attention", readings.attention)
-        for path, found in self._activations.items():
-            readings.histograms[Drawn("activations", path)] = found
-        ledger.captured("activations", self._activations)
+        readings.histograms |= self._activations
+        ledger.captured("activations", (drawn.name for drawn in self._activations))
         if "uncertainty" in self._wanted.kinds:
             with ledger.guard("uncertainty"):
                 kinds = find_uncertainties(output)
@@ -117,8 +120,9 @@ class ObservedForward:
     def _activation(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
         try:
             tensor = next(tensors_in(output, depth=1, dataclass=False), None)
-            if tensor is not None and path not in self._activations:
+            drawn = Drawn("activations", path)
+            if tensor is not None and drawn not in self._activations:
                 with without_modes():
-                    self._activations[path] = histogram(readable(tensor))
+                    self._activations[drawn] = histogram(readable(tensor))
         except Exception as error:
             self._ledger.failed(f"activations of {path}", error)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..measure.attention import merge, sums_of_query_key
 from ..measure.scores import score_blocks
-from .operators import ARGUMENTS, CHANGING, HARMLESS, LAYER, UNKNOWN, Fused
+from .operators import ARGUMENTS, CHANGING, FLEX, HARMLESS, LAYER, UNKNOWN, Fused
 
 _MEANING = {alias: name for name, aliases in ARGUMENTS.items() for alias in aliases}
 _CHECKED = 16  # query rows whose output is compared
@@ -30,27 +30,11 @@ _LAYOUTS: Mapping[int, Mapping[str, Callable[[Tensor], Tensor]]] = {
 }
 
 
-def read(fused: Fused, given: Mapping[str, Any]) -> tuple[Fused, Mapping[str, Any]]:
-    """The arguments that an operator was `given`, by the names of `ARGUMENTS`, and what it is then.
-
-    Which is `UNKNOWN` where one of them changes the scores and the tables don't say how.
-    """
-    if fused == LAYER:
-        return fused, given
-    arguments: dict[str, Any] = dict.fromkeys(ARGUMENTS)
-    for name, value in given.items():
-        if (meaning := _MEANING.get(name)) is not None:
-            arguments[meaning] = value if arguments[meaning] is None else arguments[meaning]
-        elif (isinstance(value, Tensor) and name not in HARMLESS) or (name in CHANGING and value):
-            fused = UNKNOWN
-    return fused, arguments
-
-
 @torch.no_grad()
 def sums_of(
-    fused: Fused, arguments: Mapping[str, Any], output: Any, *, rows: int | None
+    fused: Fused, given: Mapping[str, Any], output: Any, *, rows: int | None
 ) -> Tensor | None:
-    """The accumulators of the map of an operator, from what `read` gave and what it returned.
+    """The accumulators of the map of an operator, from its arguments and what it returned.
 
     None if it is no attention as far as its arguments are understood. Where the values that would
     tell are on another device they are not waited for: then the accumulators are of each meaning
@@ -58,7 +42,15 @@ def sums_of(
     are all NaN if none is (`measure.attention.without_doubt`).
     """
     if fused == LAYER:
-        return _sums_of_layer(arguments, rows)
+        return _sums_of_layer(given, rows)
+    if fused == FLEX:
+        return _sums_of_flex(given, rows)
+    arguments: dict[str, Any] = dict.fromkeys(ARGUMENTS)
+    for name, value in given.items():
+        if (meaning := _MEANING.get(name)) is not None:
+            arguments[meaning] = value if arguments[meaning] is None else arguments[meaning]
+        elif (isinstance(value, Tensor) and name not in HARMLESS) or (name in CHANGING and value):
+            fused = UNKNOWN  # it changes the scores, and the tables don't say how
     if fused == UNKNOWN:
         return _sums_of_unknown(arguments, output, rows)
     query, key = (
@@ -79,7 +71,12 @@ def _scoring(
     starts_q, starts_k, slopes, softcap = (
         arguments[name] for name in ("starts_q", "starts_k", "slopes", "softcap")
     )
-    left, right = _window(arguments)
+    left, right, window = (arguments[name] for name in ("left", "right", "window"))
+    if isinstance(window, int):
+        left = window - 1
+    elif isinstance(window, tuple | list) and len(window) == 2:
+        left, right = window
+    left, right = (None if side is None or side < 0 else side for side in (left, right))
     special = (starts_q, starts_k, slopes, softcap or None, left, right)
     is_plain = all(value is None for value in special)
     if is_plain and (corner != "bottom right" or query.shape[-2] == key.shape[-2]):
@@ -109,17 +106,6 @@ def _scoring(
         return score
 
     return scoring | {"mask_mod": sees, "score_mod": change}
-
-
-def _window(arguments: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """How many keys a row sees before its own place, and behind it; None: all."""
-    left, right, window = (arguments[name] for name in ("left", "right", "window"))
-    if isinstance(window, int):  # up to the row's own place
-        left = window - 1
-    elif isinstance(window, tuple | list) and len(window) == 2:
-        left, right = window
-    left, right = (None if side is None or side < 0 else side for side in (left, right))
-    return left, right
 
 
 def _places(x: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,33 +193,21 @@ def _yields(
     return fits
 
 
-def sums_of_flex(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    score_mod: Callable[..., Tensor],
-    block_mask: tuple[Any, ...],
-    scale: float,
-    options: Any,
-    score_buffers: tuple[Any, ...] = (),
-    mask_buffers: tuple[Any, ...] = (),
-    *,
-    rows: int | None,
-) -> Tensor:
-    """The accumulators of `flex_attention`, from its arguments in their order."""
-    mask_mod = block_mask[-1]
-    return sums_of_query_key(
-        query,
-        key,
-        scale=scale,
-        score_mod=_for_each(lambda *where: score_mod(*where, *score_buffers), scores=True),
-        mask_mod=_for_each(lambda *where: mask_mod(*where, *mask_buffers), scores=False),
-        rows=rows,
-    )
+def _sums_of_flex(given: Mapping[str, Any], rows: int | None) -> Tensor:
+    score_mod = _for_each(given["score_mod"], given["score_buffers"], scores=True)
+    mask_mod = _for_each(given["block_mask"][-1], given["mask_buffers"], scores=False)
+    mods = {"score_mod": score_mod, "mask_mod": mask_mod}
+    return sums_of_query_key(given["query"], given["key"], scale=given["scale"], rows=rows, **mods)
 
 
-def _for_each(function: Callable[..., Tensor], *, scores: bool) -> Callable[..., Tensor]:
-    """`function` of 0-d tensors for all of them at once, as FlexAttention calls it."""
+def _for_each(
+    mod: Callable[..., Tensor], buffers: tuple[Any, ...], *, scores: bool
+) -> Callable[..., Tensor]:
+    """`mod` of 0-d tensors for all of them at once, as FlexAttention calls it."""
+
+    def function(*arguments: Tensor) -> Tensor:
+        return mod(*arguments, *buffers)
+
     for place in (3, 2, 1, 0):  # key, row, head, batch
         where = tuple(0 if at == place else None for at in range(4))
         function = torch.vmap(function, in_dims=(0, *where) if scores else where)

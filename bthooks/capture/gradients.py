@@ -21,7 +21,7 @@ from ..measure.scaling import scaling
 from ..measure.sharded import is_sharded, whole_norms
 from ..names import parameter_names
 from ..report import Ledger
-from ..torch_private import Hook, after_backward, backward_pass, find_scaler
+from ..torch_private import Hook, after_backward, find_scaler
 from .optimizers import held
 from .wanted import Wanted
 
@@ -62,10 +62,8 @@ class Gradients:
         if torch.compiler.is_compiling():
             return
         try:
-            task = backward_pass()
-            if task != self._backward:
-                self._backward = task
-                after_backward(functools.partial(self._backward_ended, root))
+            ended = functools.partial(self._backward_ended, root)
+            self._backward = after_backward(ended, former=self._backward)
         except Exception as error:  # a guard takes 1.5 us, at each parameter
             self._ledger.failed("gradients before clipping", error)
 
@@ -104,7 +102,15 @@ class Gradients:
                 the histograms of the parameters that none holds.
         """
         if scalars and optimizer is not None:
-            self._measure_optimizer(optimizer, index, steps, readings)
+            if "learning_rate" in self._wanted.kinds:
+                with self._ledger.guard("learning rate"):
+                    rates = learning_rates(optimizer, index)
+                    readings.learning_rates |= rates
+                    readings.base_rates |= learning_rates(optimizer, index, "initial_lr")
+                    self._ledger.captured("learning_rate", rates)
+            with self._ledger.guard("loss scale"):
+                if (scaler := find_scaler()) is not None:
+                    readings.scaling = scaling(scaler, optimizer, steps)
         if self._is_flattened(root):
             return
         names = self._names(root, optimizer)
@@ -118,58 +124,41 @@ class Gradients:
                 self._measure_histograms(names, readings)
 
     def _measure_histograms(self, names: Mapping[nn.Parameter, str], readings: Readings) -> None:
-        if any(map(is_sharded, names)):
-            self._ledger.warn_once(
-                "histograms", "parameters are sharded over ranks: one rank holds a part"
-            )
-            names = {p: name for p, name in names.items() if not is_sharded(p)}
         for parameter, name in names.items():
+            if is_sharded(parameter):
+                why = "parameters are sharded over ranks: one rank holds a part"
+                self._ledger.warn_once("histograms", why)
+                continue
+            self._ledger.captured("histograms", [name])
             with self._ledger.guard(f"histogram of {name}"):
                 readings.histograms |= parameter_histograms({parameter: name})
-        self._ledger.captured("histograms", names.values())
 
     def _measure_norms(self, names: Mapping[nn.Parameter, str], readings: Readings) -> None:
         named = {name: p for p, name in names.items()}
         former, self._former = self._former, {}
-        applied: dict[str, Tensor] = {}
-        change: dict[str, Tensor] = {}
-        size: dict[str, Tensor] = {}
         parts: list[Mapping[str, Tensor]] = []
         kinds = self._wanted.kinds
         # Whatever failed on this rank, and whatever it has: the others wait for it.
         if "gradients" in kinds:
-            with self._ledger.guard("gradients"):
-                applied = self._norms(names)
-            parts += applied, {n: norm for n, norm in self._before_clip.items() if n in named}
+            before_clip = {n: norm for n, norm in self._before_clip.items() if n in named}
+            parts += self._norms(names), before_clip
         if "updates" in kinds:
+            changes: list[Mapping[str, Tensor]] = [{}, {}]
             with self._ledger.guard("update ratios"):
                 after = {name: p.detach() for name, p in named.items() if name in former}
                 change = norms({name: p - former[name] for name, p in after.items()})
-                size = norms({name: former[name] for name in after})
-            parts += change, size
+                changes = [change, norms({name: former[name] for name in after})]
+            parts += changes
         with self._ledger.guard("norms"):
             wholes = whole_norms(named, parts)
             if "gradients" in kinds:
                 readings.norms |= wholes[0]
                 readings.norms_before_clip |= wholes[1]
-                self._ledger.captured("gradients", applied)
+                self._ledger.captured("gradients", parts[0])
             if "updates" in kinds:
                 change, size = wholes[-2:]
                 readings.update_ratios |= {name: change[name] / size[name] for name in size}
                 self._ledger.captured("updates", size)
-
-    def _measure_optimizer(
-        self, optimizer: Optimizer, index: int, steps: int, readings: Readings
-    ) -> None:
-        if "learning_rate" in self._wanted.kinds:
-            with self._ledger.guard("learning rate"):
-                rates = learning_rates(optimizer, index)
-                readings.learning_rates |= rates
-                readings.base_rates |= learning_rates(optimizer, index, "initial_lr")
-                self._ledger.captured("learning_rate", rates)
-        with self._ledger.guard("loss scale"):
-            if (scaler := find_scaler()) is not None:
-                readings.scaling = scaling(scaler, optimizer, steps)
 
     def _is_flattened(self, root: nn.Module) -> bool:
         """Whether a rank holds slices that cross the bounds of parameters: said once."""

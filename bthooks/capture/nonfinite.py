@@ -40,21 +40,14 @@ class Trail:
         self._given: dict[nn.Module, list[Extremes]] = {}  # of those that overwrite it
         # What one module made the next is given.
         self._seen: dict[int, tuple[weakref.ref[Tensor], int, Extremes]] = {}
-        self._handles: list[RemovableHandle] = []
 
-    def open(self) -> None:
-        """Put the hooks on."""
+    def hooks(self) -> Iterator[RemovableHandle]:
+        """Put the hooks on, one by one."""
         before, after = Hook(self.before), Hook(self._after)
         for module in observable(self._paths):
             if getattr(module, "inplace", None) is True:
-                handle = module.register_forward_pre_hook(before, with_kwargs=True)
-                self._handles.append(handle)
-            self._handles.append(module.register_forward_hook(after, with_kwargs=True))
-
-    def close(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
+                yield module.register_forward_pre_hook(before, with_kwargs=True)
+            yield module.register_forward_hook(after, with_kwargs=True)
 
     def before(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         """The pre-hook of the root, and of modules that overwrite what they are given."""

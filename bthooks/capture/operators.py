@@ -75,6 +75,10 @@ ARGUMENTS = {
     "slopes": ("alibi_slopes",),
     "softcap": ("softcap",),
 }
+_FLEX = (
+    *("query", "key", "value", "score_mod", "block_mask", "scale", "options"),
+    *("score_buffers", "mask_buffers"),
+)
 _TOLD_BY = ("query", "key", "value")  # an operator in no table that has these may be attention
 # Where another tensor is given than these and those above, the scores are made of more than we read
 # (pages of a cache, lengths, rotations, scales of float8): what the operator returned has to show.
@@ -86,8 +90,6 @@ _DECOMPOSED = {
     *("scaled_dot_product_attention", "_scaled_dot_product_attention_math"),
     *("einsum", "tensordot"),
 }
-# Whether these call mm or bmm depends on what they are run in.
-_CHOOSING = {"linear", "matmul"}
 
 # What is a part of an explicit attention, which `softmax.py` follows: by name, the part.
 _PARTS = {
@@ -130,14 +132,14 @@ class Role(NamedTuple):
     mutates: bool = False  # whether it overwrites an argument
     is_view: bool = False  # whether what it returns has the storage of what it was given
     decomposes: bool = False  # whether the mode is to see what it is made of instead
-    chooses: bool = False  # whether what it calls depends on what it is run in
+    chooses: bool = False  # whether it calls mm or bmm by what it is run in
 
 
 @functools.cache
 def role(func: Any) -> Role:
     """The role of `func`, as a dispatch mode is given it."""
     if func is torch.ops.higher_order.flex_attention:
-        return Role(FLEX)
+        return Role(FLEX, dict.fromkeys(_FLEX, ()))
     signature = schema(func)
     if signature is None:
         return Role()
@@ -161,5 +163,5 @@ def role(func: Any) -> Role:
         keeps=torch.Tag.pointwise in func.tags or plain in _KEEPING,
         mutates=signature.is_mutable,
         is_view=name in _VIEWS,
-        chooses=is_default and name in _CHOOSING,
+        chooses=is_default and name in ("linear", "matmul"),
     )

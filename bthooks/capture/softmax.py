@@ -47,8 +47,7 @@ class _Weights:
 
     heads: int  # these as of the scores
     width: int
-    sums: Tensor | None  # accumulators; None once they were handed out, or before it is normal
-    normal: bool  # whether the rows sum to 1
+    sums: Tensor | None  # accumulators; None before the rows sum to 1, and once handed out
 
 
 _Mark = _Made | _Scores | _Weights
@@ -73,7 +72,7 @@ class Provenance:
         self._found, self._rows = found, rows
         # A weak reference to the storage: nothing is kept alive for the trace, and the address is
         # not used again before the reference goes.
-        self._marks: dict[int, tuple[StorageWeakRef, _Mark]] = {}
+        self._marks: dict[int, tuple[StorageWeakRef | None, _Mark | None]] = {}
         for tensors, mark in ((buffers, _CONSTANT), (parameters, _PARAMETER)):
             for tensor in tensors:
                 if not is_lazy(tensor):
@@ -93,7 +92,7 @@ class Provenance:
         elif part == "exp" and isinstance(mark := self._of(args[0]), _Scores):
             # A softmax that is written out, once its norm is seen.
             sums = self._sums_of_weights(output) if mark.normal else None
-            self._mark(output, _Weights(mark.heads, mark.width, sums, mark.normal))
+            self._mark(output, _Weights(mark.heads, mark.width, sums))
         elif part == "copy" and isinstance(self._of(args[0]), _Scores) and _is_whole(args[0]):
             self._mark(args[0], self._of(args[1]))  # a buffer that is used again
         elif part in ("logsumexp", "sum") and self._is_norm(part, args):
@@ -120,7 +119,7 @@ class Provenance:
         elif weights is None:
             shape = (1,) if output.is_nested or not output.dim() else output.shape
             self._mark(output, _Scores(math.prod(shape[:-2]), shape[-1]))
-        elif weights.normal:
+        else:
             self._seen(weights)
 
     def _softmax(self, scores: Tensor, dim: int, output: Tensor, *, logarithm: bool) -> None:
@@ -134,7 +133,7 @@ class Provenance:
         else:
             with without_modes():
                 sums = sums_of_scores(scores.detach(), keys=mark.keys, rows=self._rows)
-        self._mark(output, _Weights(mark.heads, mark.width, sums, normal=True))
+        self._mark(output, _Weights(mark.heads, mark.width, sums))
 
     def _sums_of_weights(self, weights: Tensor) -> Tensor | None:
         if not _is_last(-1, weights):
@@ -184,7 +183,7 @@ class Provenance:
             if isinstance(kept, _Scores):
                 kept = replace(kept, normal=True)
             elif isinstance(kept, _Weights):  # whatever was masked since
-                kept = replace(kept, sums=self._sums_of_weights(outputs[0]), normal=True)
+                kept = replace(kept, sums=self._sums_of_weights(outputs[0]))
         if kept is not None:
             self._mark(outputs[0], kept)
         elif not any(tensor.is_nested for tensor in (*tensors, *outputs)):
@@ -194,8 +193,8 @@ class Provenance:
         self, role: Role, given: list[tuple[Tensor, _Mark | None]], outputs: list[Tensor]
     ) -> None:
         """Mark what is made of parameters and constants alone, by whatever operator."""
-        filled = role.part == "fill"
-        known = filled or all(mark in _KNOWN or tensor.numel() == 1 for tensor, mark in given)
+        known = all(mark in _KNOWN or tensor.numel() == 1 for tensor, mark in given)
+        known = known or role.part == "fill"
         for output in outputs if known or role.mutates else ():
             before = self._of(output)
             if known and before is None:
@@ -206,17 +205,11 @@ class Provenance:
 
     def _of(self, tensor: Tensor) -> _Mark | None:
         found = storage_of(tensor)
-        marked = None if found is None else self._marks.get(found[0])
-        return None if marked is None else marked[1]
+        return None if found is None else self._marks.get(found[0], (None, None))[1]
 
     def _mark(self, tensor: Tensor, mark: _Mark | None) -> None:
-        if (found := storage_of(tensor)) is None:
-            return
-        address, storage = found
-        if mark is None:
-            self._marks.pop(address, None)
-        else:
-            self._marks[address] = StorageWeakRef(storage), mark
+        if (found := storage_of(tensor)) is not None:
+            self._marks[found[0]] = StorageWeakRef(found[1]), mark
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

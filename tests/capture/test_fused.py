@@ -193,7 +193,7 @@ def test_heads_are_told_apart_on_a_device_too(where, tmp_path):
     found = []
     for q, k, v in batches:
         given = {"q": q, "k": k, "v": v, "causal": False}
-        sums = fused.sums_of(*fused.read(UNKNOWN, given), model(q, k, v), rows=None)
+        sums = fused.sums_of(UNKNOWN, given, model(q, k, v), rows=None)
         found.append(without_doubt(sums))
         assert found[-1].shape[1] == 4
         assert sums.shape[1] == (4 if where == "host" else 4 + q.shape[1])
@@ -225,11 +225,11 @@ def test_nothing_waits_for_a_device(operator, monkeypatch):
     output = operator(q, k, v, *more)
     given = dict(zip(role(operator._opoverload).defaults, (q, k, v, *more), strict=False))
     with Waits():
-        sums = fused.sums_of(*fused.read(UNKNOWN, given), output, rows=128)
+        sums = fused.sums_of(UNKNOWN, given, output, rows=128)
     assert without_doubt(sums).shape[1] == {odd: 0, heads_first: 9}.get(operator, 4)
     monkeypatch.undo()
     with pytest.raises(AssertionError, match=r"is_nonzero|_local_scalar_dense"), Waits():
-        fused.sums_of(*fused.read(UNKNOWN, given), output, rows=128)
+        fused.sums_of(UNKNOWN, given, output, rows=128)
 
 
 # As in the sources that `operators.py` names; `...` is for what returns.

@@ -1,8 +1,4 @@
-"""The stateless log functions.
-
-In: a writer, what is to be measured and its step. Out: one event at that step.
-No cadence and no state: the caller decides when. Bad input is refused at the call.
-"""
+"""Log: the functions for scripts: one measure, one event; no cadence, no state."""
 
 import warnings
 from collections.abc import Mapping

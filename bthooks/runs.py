@@ -1,7 +1,4 @@
-"""Runs: what event files hold, read back: last figures, and alerts.
-
-In: a directory. Out: `Run`, one for each directory with event files.
-"""
+"""Runs: what event files hold, read back: last figures, and alerts."""
 
 import math
 import os

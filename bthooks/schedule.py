@@ -34,12 +34,9 @@ class Slot(NamedTuple):
 
 
 class Schedule:
-    """The steps of one attachment.
+    """The steps of one attachment, of which the `first` is always logged.
 
-    Args:
-        first: the number of the first step, which is always logged.
-        cadences: every how many steps scalars and histograms are logged, or functions of the step.
-        failed: called with what failed where a cadence raises; nothing is due then.
+    Where one of the cadences, of scalars and of histograms, raises, `failed` is called.
     """
 
     def __init__(
@@ -84,9 +81,9 @@ class Schedule:
         return self.training_forward() if self.steps else self.eval_forward()
 
     def eval_forward(self) -> Slot | None:
-        """A forward in eval mode: the first after a step speaks for the validation pass.
+        """A forward in eval mode, the first after a step: it goes to the step just done.
 
-        It goes to the step just done; before any step it is inference, a step each.
+        Before any step it is inference, a step each.
         """
         if self.steps and self._validated:
             return None
@@ -112,7 +109,7 @@ class Schedule:
         self.observes = False
 
     def begins_step(self, optimizer: object | None, again: bool = False) -> bool:
-        """Whether a step of `optimizer`, None for one that is told by hand, begins one of ours.
+        """Whether a step of `optimizer`, None if told by hand, begins one of ours.
 
         `again`: it holds a parameter of another that has stepped.
         """
@@ -125,10 +122,7 @@ class Schedule:
     def optimizer_ends(
         self, optimizer: object | None, again: bool = False, known: int = 0
     ) -> Slot | None:
-        """An optimizer's step has ended: the slot of the step, if one begins with it and is logged.
-
-        `known`: how many optimizers hold a parameter of the model.
-        """
+        """An optimizer's step, of `known` ones, has ended: the slot of the step, if one begins."""
         begins = self.begins_step(optimizer, again)
         if begins:
             self.stepped.clear()
@@ -145,10 +139,7 @@ class Schedule:
         return Slot(self._next - 1, self.due) if begins and any(self.due) else None
 
     def flush(self) -> Slot | None:
-        """What was observed is written now: where the forwards since the last step go.
-
-        None: to the step that has begun, in which another optimizer may still step.
-        """
+        """Where the forwards since the last step go now; None: to the step that has begun."""
         goes_on = any(self.due) and not any(self._due_next)
         return None if goes_on else Slot(self._next, self._due_next)
 

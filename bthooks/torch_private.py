@@ -102,9 +102,6 @@ def scaler_state(scaler: GradScaler) -> tuple[Tensor, Tensor, float]:
     return scale, clean, scaler._init_scale
 
 
-# Dispatch modes, the operators that they see, and tracing.
-
-
 @_private
 def is_traced() -> bool:
     """Whether what runs is traced into a graph, of which ours must not become a part.
@@ -206,9 +203,6 @@ def as_outside_modes() -> contextlib.AbstractContextManager[object]:
     after.callback(exclude, key, True)
     exclude(key, False)
     return after
-
-
-# Modules, tensors, and their backward.
 
 
 @_private

@@ -119,8 +119,6 @@ class Wiring:
         self._say_absent()
         self._step = None
 
-    # Forwards
-
     def _before_forward(self, root: nn.Module, *given: Any) -> None:
         if torch.compiler.is_compiling() or root is not self.root() or not self.is_here():
             return
@@ -204,8 +202,6 @@ class Wiring:
         )
         self.schedule.moved_unseen()
         return True
-
-    # Steps
 
     def optimizer_begins(self, optimizer: Optimizer) -> None:
         """A step of `optimizer`, which may be another model's, begins."""

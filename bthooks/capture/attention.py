@@ -38,10 +38,8 @@ Doubt = tuple[str, str]  # what is to be said if the accumulators turn out to be
 class AttentionMode:
     """Passes every operator through and reports the attention maps among them, until `leave`.
 
-    Args:
-        paths: the modules that a map may belong to, with their paths.
-        found: called with the path of the innermost of them that ran the map, and its accumulators;
-            with a doubt, if an operator that is in no table may yet prove to be no attention.
+    `found` is called with the path of the innermost module that ran a map, and its accumulators;
+    with a doubt, if an operator that is in no table may yet prove to be no attention.
     """
 
     def __init__(

@@ -29,10 +29,7 @@ from .wanted import Wanted
 class ObservedForward:
     """One observed forward of `root`: made before it; close after it, then ask for its readings.
 
-    Args:
-        given: what the model is called with.
-        wanted: of its kinds, attention, activations and uncertainty are captured here.
-        scalars, histograms: whether these are due.
+    Of the kinds that are wanted, attention, activations and uncertainty are captured here.
     """
 
     def __init__(

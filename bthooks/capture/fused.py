@@ -111,8 +111,7 @@ def _scoring(
 def _places(x: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row: its sample, its place in it, and that sample's length; `(L,)` each.
 
-    Args:
-        starts: where the samples begin that stand in a row, and the end; None: there is one.
+    `starts`: where the samples begin that stand in a row, and the end; None: there is one.
     """
     at = torch.arange(x.shape[-2], device=x.device)
     if starts is None:

@@ -1,8 +1,8 @@
 """Gradients: what is measured at the end of a backward pass, and around an optimizer's step.
 
 A hook on a gradient sees one micro-batch, scaled and not yet reduced. What an optimizer is given
-is there at its step only, and what clipping made it of at the end of the backward pass, behind
-the reductions of DDP and FSDP2.
+is there at its step only; what it was before clipping, at the end of the backward pass, behind the
+reductions of DDP and FSDP2.
 """
 
 import functools
@@ -92,14 +92,10 @@ class Gradients:
         histograms: bool,
         others: Collection[Tensor] | None,
     ) -> None:
-        """Read into `readings` what the step of `optimizer` applied.
+        """Read into `readings` what the step of `optimizer`, the `index`-th of several, applied.
 
-        Args:
-            optimizer: None for one that is no torch.optim.Optimizer.
-            index: its number among several.
-            steps: done before.
-            others: what other optimizers hold, if this is the first one of its step: it brings
-                the histograms of the parameters that none holds.
+        `others`: what other optimizers hold, if it is the first one of its step: it brings the
+        histograms of the parameters that none holds.
         """
         if scalars and optimizer is not None:
             if "learning_rate" in self._wanted.kinds:

@@ -75,10 +75,7 @@ class Probe:
 
     @torch.no_grad()
     def changed(self, root: nn.Module) -> Tensor | None:
-        """Whether it changed since the last look, 0-d on its device; None: there was none.
-
-        By its value: `p.data` keeps the version.
-        """
+        """Whether its value (`p.data` keeps the version) changed since a last look, 0-d."""
         every = (p for _, p in root.named_parameters() if p.requires_grad)
         own = [p for p in every if not (is_lazy(p) or p.is_meta)]
         if not own:

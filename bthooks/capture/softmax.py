@@ -56,10 +56,7 @@ _Mark = _Made | _Scores | _Weights
 class Provenance:
     """Marks the storages of one forward by what lies in them, and finds the attention maps.
 
-    Args:
-        parameters: a product with one of these, or with what is made of them, makes no scores.
-        buffers: the model's constants.
-        found: called with the accumulators of each attention map.
+    A product with a parameter, or with what is made of parameters and constants, makes no scores.
     """
 
     def __init__(

@@ -53,15 +53,7 @@ class Verdict(NamedTuple):
 
 
 class Alerts:
-    """The alerts of one attachment, of its training steps and of its validation.
-
-    Args:
-        on_alert: called with each alert.
-        ledger: warns of each.
-
-    Attributes:
-        all: what began to be wrong so far.
-    """
+    """The alerts of one attachment, of its training steps and of its validation."""
 
     def __init__(
         self, thresholds: Thresholds, on_alert: Callable[[Alert], object] | None, ledger: Ledger
@@ -69,7 +61,7 @@ class Alerts:
         self.thresholds, self._on_alert, self._ledger = thresholds, on_alert, ledger
         self._conditions: dict[str, Conditions] = {}  # by the prefix of the steps
         self._episodes: dict[tuple[str, str], _Episode] = {}  # by that and the condition
-        self.all: list[Alert] = []
+        self.all: list[Alert] = []  # what began to be wrong so far
         self._untold: deque[Alert] = deque()
 
     def judge(self, figures: Figures, step: int, prefix: str = "") -> Verdict:

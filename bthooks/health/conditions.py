@@ -1,7 +1,4 @@
-"""Conditions: what is wrong by the figures of one step, and of those before. Pure.
-
-In: the figures of a number, on the host. Out: by condition, a `Finding` for each place looked at.
-"""
+"""Conditions: what is wrong by the figures of one step, and of those before. Pure."""
 
 import math
 from collections import deque
@@ -97,10 +94,7 @@ class Conditions:
         }
 
     def _vanishing(self, layers: Mapping[str, float]) -> list[Finding]:
-        """A norm of 0 alone is no sign: an expert that no token took, what is multiplied by 0 yet.
-
-        It is one where all norms are, or where it stays.
-        """
+        """A norm of 0 is a sign where all are, or where it stays; not of an idle expert."""
         limit, largest = self._limits.vanishing, max(layers.values(), default=0.0)
         findings = []
         for name, norm in layers.items():

@@ -112,8 +112,6 @@ def sums_of_query_key(
     Args:
         rows: take this many query rows, evenly spread; None takes all.
         arguments: as for `scores.score_blocks`.
-
-    Of nested tensors, `(batch, heads, L_i, d)`, each sample is measured alone, and all are merged.
     """
     if query.is_nested:
         pairs = zip(query.unbind(), key.unbind(), strict=True)
@@ -164,10 +162,7 @@ def _sums_of_block(
 ) -> Tensor:
     """The accumulators of the scores `(batch, heads, rows, key)`, which are overwritten.
 
-    Args:
-        scores: -inf where a key is not seen.
-        at, visible, width: as for `_accumulators`; what is not known is counted.
-        keys: the columns that are keys, if not all are.
+    They are -inf where a key is not seen; `keys` are the columns that are keys, if not all are.
     """
     top = scores.amax(-1, keepdim=True)  # (B, H, r, 1)
     z = scores.sub_(top.clamp(min=torch.finfo(top.dtype).min))  # in a dead row too
@@ -197,13 +192,9 @@ def _sums_of_block(
 def _accumulators(
     weights: Tensor, at: Tensor, *, visible: Tensor, width: int, **of_rows: Tensor
 ) -> Tensor:
-    """The accumulators of the weights `(batch, heads, rows, key)`.
+    """The accumulators of the weights `(batch, heads, rows, key)` of the rows `at`.
 
-    Args:
-        at: which rows of the map these are.
-        visible: how many keys each row sees, 0 in dead rows; broadcasts to the others.
-        width: the number of keys, also of those that none of these rows sees.
-        of_rows: of each row, `(batch, heads, rows)`: `entropy`, `weight` and the maxima.
+    They see `visible` of `width` keys, dead ones 0; `of_rows`: their entropy, weight and maxima.
     """
     # A row at an end of the map has its own key for a neighbour.
     near = torch.stack([at - 1, at + 1], dim=-1).clamp(0, weights.shape[-1] - 1)  # (r, 2)

@@ -5,11 +5,7 @@ from torch import Tensor
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
-    """Float32, or `dtype` where that is wider: what is computed in.
-
-    >>> widened(torch.bfloat16), widened(torch.float64)
-    (torch.float32, torch.float64)
-    """
+    """Float32, or `dtype` where that is wider: what is computed in."""
     return torch.promote_types(dtype, torch.float32)
 
 

@@ -1,7 +1,4 @@
-"""Gradients: norms and update ratios. Pure.
-
-In: tensors by parameter name. Out: 0-d float32 tensors by parameter name, on their devices.
-"""
+"""Gradients: their norms, by parameter name, as 0-d float32 tensors on their devices. Pure."""
 
 from collections.abc import Mapping
 

@@ -1,7 +1,4 @@
-"""Histograms: a tensor -> the few buckets TensorBoard needs. Pure.
-
-In: any tensor. Out: at most 288 buckets and six figures on its device; from these, once they
-are on the host, the arguments of `SummaryWriter.add_histogram_raw`.
+"""Histograms: a tensor -> at most 288 buckets and six figures on its device. Pure.
 
 The bits of float32 numbers, read as integers, have the order of the numbers. Every value
 becomes such a key; the keys are sorted (few) or counted in fine bins (many), and the edges of

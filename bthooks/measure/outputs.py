@@ -10,12 +10,7 @@ from torch import Tensor
 
 
 def tensors_in(output: Any, depth: int, *, dataclass: bool = True) -> Iterator[Tensor]:
-    """The tensors in `output`, in the order in which it holds them.
-
-    Args:
-        output: a tensor, or a mapping, list, tuple or dataclass of these; each may hold others.
-        depth: how many of these inside one another are opened.
-        dataclass: open dataclasses too.
+    """The tensors in mappings, lists, tuples and dataclasses, in the order in which they hold them.
 
     >>> [t.item() for t in tensors_in({"a": Tensor([1]), "b": [Tensor([2]), "c"]}, depth=2)]
     [1.0, 2.0]
@@ -32,10 +27,7 @@ def tensors_in(output: Any, depth: int, *, dataclass: bool = True) -> Iterator[T
 
 
 def held_as(output: Any, name: str) -> Any:
-    """What `output`, a mapping or an object, holds under `name`; None if nothing.
-
-    A property is left alone, which may compute or draw random numbers.
-    """
+    """What `output` holds under `name`, or None; a property, which may compute, is left alone."""
     if isinstance(output, Mapping):
         return output.get(name)
     static = inspect.getattr_static(output, name, None)

@@ -51,10 +51,7 @@ def scaling(scaler: GradScaler, optimizer: Optimizer, steps: int) -> Scaling:
 
 
 class Skips:
-    """Counts the steps that a scaler skipped, by what its state became between two looks at it.
-
-    At a skipped step its scale shrinks, and the count of clean steps begins again.
-    """
+    """Counts the skipped steps: at one the scale shrinks, and the clean steps begin anew."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -1,7 +1,6 @@
-"""Scores: what a softmax over the keys is taken of. Pure.
+"""Scores: what a softmax over the keys is taken of, from query, key and the mask of a kernel. Pure.
 
-In: query, key and the mask as the kernel saw them. Out: scores, -inf where a key is not seen, of a
-block of query rows at a time, so that memory never grows with L x S.
+A block of query rows at a time, so that memory never grows with L x S.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,15 +34,13 @@ def score_blocks(
         mask: broadcasts to `(batch, heads, L, S)`; bool, True where a key is seen, or added.
         is_causal: row i sees the keys 0..i, whatever L and S.
         scale: 1/sqrt(d) unless given.
-        score_mod: `(score, batch, head, row, key) -> score`, as FlexAttention has it; its arguments
-            are tensors that broadcast.
+        score_mod: `(score, batch, head, row, key) -> score`, of tensors that broadcast.
         mask_mod: `(batch, head, row, key) -> bool`, True where a key is seen.
         rows: of these query rows, evenly spread; None takes all.
 
     Yields:
-        the rows `(r,)`; their scores `(batch, heads, r, S)`, -inf where a key is not seen (the last
-        keys are left out where none of these rows sees them); and how many keys each row sees, or
-        None where that is not known.
+        the rows `(r,)`; their scores `(batch, heads, r, S)`, -inf where a key is not seen, without
+        last keys that none of them sees; and how many keys each row sees, where that is known.
     """
     batch, heads, length, width = query.shape
     _, key_heads, keys, _ = key.shape
@@ -98,14 +95,10 @@ def take(values: Tensor, at: Tensor) -> Tensor:
 def row_blocks(
     length: int, rows: int | None, row_size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, int]]:
-    """The query rows that are measured, in blocks small enough to bound the memory.
+    """The query rows that are measured, in blocks, each with an int that none of them exceeds.
 
-    All are split into `rows` equal parts, and one is taken of each. Its place within the part
-    follows the golden ratio: with a fixed stride, packed samples of 16 rows would all be seen at
-    their first row, where entropy is 0.
-
-    Yields:
-        the rows of a block, and an int that none of them exceeds, known without a wait.
+    One is taken of each of `rows` equal parts, at a place that follows the golden ratio: with a
+    fixed stride, packed samples of 16 rows would all be seen at their first, where entropy is 0.
     """
     taken = length if rows is None else min(rows, length)
     block = min(_BLOCK.get(device.type, 1 << 22), max(1 << 20, row_size * length // 16))

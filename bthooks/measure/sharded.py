@@ -1,7 +1,4 @@
-"""Sharded: norms of tensors whose parts lie on several ranks, by one reduction for all.
-
-In: norms of each rank's own parts. Out: norms of the whole, the same on every rank.
-"""
+"""Sharded: norms of tensors whose parts lie on several ranks, by one reduction for all."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,11 +38,8 @@ def whole_norms(
 ) -> list[dict[str, Tensor]]:
     """The norms of whole tensors, from those of each rank's parts; -1 where no rank has one.
 
-    Args:
-        parameters: by name, the same on every rank; one that is no DTensor is whole already.
-        parts: several norms by name; a rank that has none contributes zero.
-
-    Every rank of a mesh must call this with as many `parts`: one reduction per dimension of the
+    `parameters` are the same on every rank; one that is no DTensor is whole already. Every rank of
+    a mesh must call this with as many `parts`, norms by name: one reduction per dimension of the
     mesh over which anything is sharded, so one under FSDP2.
     """
     found = [dict(part) for part in parts]

@@ -34,22 +34,17 @@ def is_main_rank() -> bool:
 def write(writer: Any, event: Event, step: int) -> None:
     """Write `event` as one event of the backend's own file writer; else by `add_*` calls.
 
-    Nothing is written without a writer, or on a rank other than 0.
-
-    Raises:
-        OSError: the writer takes nothing any more, for ten seconds.
+    Nothing is written without a writer, or on a rank other than 0. A writer that takes nothing for
+    ten seconds is an OSError.
     """
     _wait_until(hand_over(writer, event, step))
 
 
 def hand_over(writer: Any, event: Event, step: int, patient: bool = True) -> Callable[[], bool]:
-    """As `write`, but without a wait for the writer's thread.
+    """As `write`, but without a wait for the writer's thread; if not `patient`, without any.
 
     Returns:
         what saves the event from a kill, once the thread has taken it, and says whether it has.
-
-    Raises:
-        OSError: the writer takes nothing any more, for ten seconds if `patient`.
     """
     if writer is None or not is_main_rank():
         return _is_settled
@@ -98,11 +93,7 @@ def write_hparams(writer: Any, hparams: dict[str, str | float], metrics: dict[st
 
 
 def supersede(writer: Any, step: int) -> bool:
-    """Hide what `writer` wrote at `step` and after, as `purge_step` does when one is opened.
-
-    Returns:
-        whether it could be: of an object that is no SummaryWriter nothing is known.
-    """
+    """Hide what `writer` wrote at `step` and after, as `purge_step` does; whether it could be."""
     backend = _backend(writer, "add_scalar")
     if backend is None:
         return False
@@ -112,11 +103,7 @@ def supersede(writer: Any, step: int) -> bool:
 
 
 def close(writer: Any) -> None:
-    """Close `writer`, unless what is behind it has ended: closing would wait for ever.
-
-    Raises:
-        OSError: it has.
-    """
+    """Close `writer`; if what is behind it has ended, an OSError: closing would wait for ever."""
     if _backend(writer, "close") is not None and writer.all_writers is not None:
         _wait_for_room(writer._get_file_writer())
     writer.close()
@@ -165,8 +152,7 @@ def _newest_event_file(writer: Any) -> Path | None:
 def _wait_for_room(file_writer: Any, patient: bool = True) -> None:
     """Wait until one more event can be given to `file_writer` without waiting.
 
-    Raises:
-        OSError: its thread has ended, or has taken nothing for ten seconds (if not `patient`, now).
+    If its thread has ended, or takes nothing for ten seconds (if not `patient`, now): OSError.
     """
     event_writer = getattr(file_writer, "event_writer", None)
     event_writer = getattr(event_writer, "_async_writer", event_writer)  # torch's

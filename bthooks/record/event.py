@@ -94,10 +94,7 @@ def event_of_model(
 ) -> Event:
     """The event of a step of an attachment, which is of all layers: with the figures over them.
 
-    Args:
-        training: or it is of a validation pass.
-        charts: with the layout of the charts.
-        collapsed: with the heat map of all heads, where those below so many nats are red.
+    With a heat map, in which heads below so many nats are red, where `collapsed` is given.
     """
     event = event_of(figures, verdict)
     entropies = [found["entropy"] for found in figures.attention.values() if "entropy" in found]

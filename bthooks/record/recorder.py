@@ -35,13 +35,7 @@ class Pending:
 
 
 class Recorder:
-    """Writes for one attachment.
-
-    Args:
-        prefix: in front of every tag.
-        alerts: judges each step.
-        ledger: told what can't be written.
-    """
+    """Has each step of one attachment judged, and writes it."""
 
     def __init__(self, writer: Any, prefix: str, alerts: Alerts, ledger: Ledger) -> None:
         self.writer, self.prefix, self.alerts = writer, prefix, alerts
@@ -115,7 +109,7 @@ class Recorder:
 
     def close(self) -> None:
         """Be found by its writer no more."""
-        if self in _recorders:
+        with contextlib.suppress(ValueError):
             _recorders.remove(self)
 
     def _write(self, pending: Pending, readings: Readings) -> None:

@@ -17,10 +17,7 @@ from ..measure.readings import Readings
 
 
 class Transfer:
-    """The tensors as float64 on the CPU, 0-d ones as numbers.
-
-    From CUDA they are copied into pinned memory, which nothing waits for before `result()`.
-    """
+    """The tensors as float64 on the CPU, 0-d ones as numbers; nothing waits before `result()`."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         tensors = list(tensors)

@@ -184,6 +184,8 @@ def test_it_serves_beside_another_program_until_ctrl_c(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            # What a shell starts in the background, as CI may be, does not hear Ctrl-C.
+            preexec_fn=None if os.name == "nt" else hear_ctrl_c,
         )
         stack.callback(viewer.kill)
         line = next((line for line in viewer.stdout if line.startswith("http")), "")
@@ -196,6 +198,10 @@ def test_it_serves_beside_another_program_until_ctrl_c(tmp_path):
         viewer.send_signal(getattr(signal, "CTRL_C_EVENT", signal.SIGINT))
         assert viewer.communicate(timeout=DEADLINE)[1] == ""
         assert viewer.returncode == 0
+
+
+def hear_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def fetched(address):

@@ -104,7 +104,7 @@ def attach(
         checks.whole("attach", "attention_rows", attention_rows, 1, "1 or more, or None for all")
     checks.include("attach", include)
     checks.instance("attach: prefix is a str", prefix, str)
-    checks.whole("attach", "step", step, 0, "a whole number from 0, below 2**62")
+    step = checks.whole("attach", "step", step, 0, "a whole number from 0, below 2**62")
     checks.thresholds("attach", thresholds, Thresholds)
     checks.instance("attach: on_alert is a function of an Alert", on_alert, Callable | None)
     checks.one_of("attach", "on_error", on_error, ("warn", "raise"))

@@ -67,7 +67,7 @@ class Handle:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at the step of `state`, without a gap, a double point or a second alert.
 
-        What this process wrote at that step and after is superseded in the file.
+        All that this process wrote to the file at that step and after is superseded.
         """
         known = self.state_dict().keys()
         if state.keys() != known:
@@ -75,11 +75,13 @@ class Handle:
                 f"Handle.load_state_dict: expected the keys {sorted(known)} that "
                 f"Handle.state_dict() gives, got {sorted(state)}"
             )
+        has_stepped = self._schedule.steps > 0
         self._schedule.load_state_dict(state)
+        step = state["step"] if has_stepped else self._schedule.step  # inference is a step each
         self._wiring.resume()
-        self._recorder.resume(state["step"])
-        self._recorder.skips.count = state["skipped"]
-        self._recorder.alerts.resume(state["alerts"], state["step"])
+        self._recorder.resume(step)
+        self._recorder.skips.resume(state["skipped"])
+        self._recorder.alerts.resume(state["alerts"], step)
 
     def detach(self) -> None:
         """Write what was measured, and take everything off the model, the optimizers and torch.

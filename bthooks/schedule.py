@@ -81,10 +81,7 @@ class Schedule:
         return self.training_forward() if self.steps else self.eval_forward()
 
     def eval_forward(self) -> Slot | None:
-        """A forward in eval mode, the first after a step: it goes to the step just done.
-
-        Before any step it is inference, a step each.
-        """
+        """A forward in eval mode, the first after a step; before any, inference: a step each."""
         if self.steps and self._validated:
             return None
         step = self._next - 1 if self.steps else self.step

@@ -135,7 +135,7 @@ class Wiring:
         schedule, in_grad = self.schedule, torch.is_grad_enabled()
         training = schedule.training_forward if in_grad else schedule.no_grad_forward
         slot = training() if root.training else schedule.eval_forward()
-        if slot is None:
+        if slot is None or not self.is_on:  # the cadence, which is the user's, has detached
             return
         with self.ledger.guard("forward"):
             if not slot.validation and self._moved_unseen(root):
@@ -181,10 +181,7 @@ class Wiring:
             self._forward = self._handled = None
 
     def _moved_unseen(self, root: nn.Module) -> bool:
-        """Whether the parameters change although no optimizer step has been seen: said once.
-
-        Once may be weights that were loaded.
-        """
+        """Whether the parameters change, twice at least, and no optimizer is seen: said once."""
         if self.schedule.steps:
             return False
         with without_modes():
@@ -223,7 +220,7 @@ class Wiring:
             self.recorder.send()
             self._step = None
         slot = schedule.optimizer_ends(optimizer, again, known=len(self._optimizers))
-        if not self.is_on:  # the cadence, which is the user's, has detached
+        if not self.is_on:  # the cadence, again
             return
         if slot is not None:
             self._step = Pending(slot.step, *slot.due, stepped=True)

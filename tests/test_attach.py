@@ -649,6 +649,19 @@ def test_detach_from_inside_a_step(updates, tmp_path):
     assert traces(model) == ([], 0)
 
 
+def test_detach_from_inside_a_forward_of_inference():
+    model, calls = nn.Linear(2, 2).eval(), []
+
+    def every(step):
+        calls.append(step)
+        return len(calls) < 3 or handle.detach() or True
+
+    handle = attach(model, None, every=every)
+    for _ in range(5):
+        model(torch.ones(1, 2))
+    assert traces(model) == ([], 0)
+
+
 def test_an_optimizer_that_replaces_one_that_lives_on(tmp_path):
     model = nn.Linear(2, 2)
     first, second = sgd(model, 0.1), torch.optim.Adam(model.parameters(), 0.2)

@@ -36,10 +36,9 @@ def sums_of(
 ) -> Tensor | None:
     """The accumulators of the map of an operator, from its arguments and what it returned.
 
-    None if it is no attention as far as its arguments are understood. Where the values that would
-    tell are on another device they are not waited for: then the accumulators are of each meaning
-    that the arguments may have, heads after heads, and NaN but for the one that is right. So they
-    are all NaN if none is (`measure.attention.without_doubt`).
+    None if it is no attention as far as its arguments are understood. On another device nothing is
+    waited for: then they are of each meaning that the arguments may have, heads after heads, and
+    NaN but for the one that is right (`measure.attention.without_doubt`).
     """
     if fused == LAYER:
         return _sums_of_layer(given, rows)
@@ -124,8 +123,7 @@ def _sums_of_unknown(arguments: Mapping[str, Any], output: Any, rows: int | None
     """As `sums_of`, of an operator of which no table says what its arguments mean.
 
     Neither the layout nor the corner of a causal mask is in a schema. So each that fits the shapes
-    is tried on some rows, and the first that yields the output is taken: an argument that nothing
-    here knows is found out by it.
+    is tried on some rows, and the first that yields the output is taken.
     """
     output = output[0] if isinstance(output, tuple | list) and output else output
     parts = [arguments["query"], arguments["key"], arguments["value"], output]

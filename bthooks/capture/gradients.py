@@ -103,7 +103,7 @@ class Gradients:
                     rates = learning_rates(optimizer, index)
                     readings.learning_rates |= rates
                     readings.base_rates |= learning_rates(optimizer, index, "initial_lr")
-                    self._ledger.captured("learning_rate", rates)
+                    self._ledger.captured("learning_rate", (f"learning_rate/{g}" for g in rates))
             with self._ledger.guard("loss scale"):
                 if (scaler := find_scaler()) is not None:
                     readings.scaling = scaling(scaler, optimizer, steps)

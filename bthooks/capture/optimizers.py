@@ -47,7 +47,7 @@ class Optimizers:
 
     def share(self, optimizer: Optimizer | None, stepped: Collection[object]) -> bool:
         """Whether `optimizer` has replaced one that `stepped`: they hold a parameter in common."""
-        if optimizer is None:
+        if optimizer is None or optimizer in stepped:
             return False
         known = self._shared.setdefault(optimizer, weakref.WeakKeyDictionary())
         others = [other for other in stepped if isinstance(other, Optimizer)]

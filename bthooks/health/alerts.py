@@ -103,11 +103,7 @@ class Alerts:
                     self._on_alert(alert)
 
     def _is_told(self, alert: Alert, prefix: str) -> bool:
-        """Whether the steps of another prefix tell it.
-
-        What training tells is not told again of validation, wherever that sees it; and a place
-        that validation was the first to see, between two logged steps, not again of training.
-        """
+        """Whether training tells it, at any place, or validation, which saw this place first."""
         return any(
             other.condition == alert.condition and (other.where == alert.where or not at)
             for at, other in self._lasting()

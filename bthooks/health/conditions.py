@@ -185,10 +185,9 @@ def _collapsed(layers: Mapping[str, float], limits: Thresholds) -> list[Finding]
 
 
 def _attention_collapse(figures: Figures, limits: Thresholds) -> list[Finding]:
-    """Of the heads that see enough keys.
+    """Of heads that see enough keys, and do not look at the token before or behind.
 
-    One that looks at the token before or behind is what training makes of a head, and no collapse:
-    the positional heads of Voita et al. (2019), with 0.9 of the attention on one relative position.
+    That is no collapse: the positional heads of Voita et al. (2019), with 0.9 on one position.
     """
     return [
         Finding(

@@ -245,8 +245,7 @@ def _over_heads(a: Tensor) -> Tensor:
 def without_doubt(accumulators: Tensor) -> Tensor:
     """The heads that were measured, from accumulators on the host; none if it was no attention.
 
-    Of an operator in no table, `capture/fused.py` tries what its arguments may mean. On a device
-    the heads of each meaning that proved wrong are NaN, and nothing else has NaN rows.
+    On a device, the heads of each meaning that `capture/fused.py` tried and was wrong are NaN.
     """
     return accumulators[:, ~accumulators[_MAXIMA].isnan()]
 
@@ -270,8 +269,7 @@ def finalize(accumulators: Tensor) -> dict[str, Tensor]:
 def whole(maps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     """The statistics of each map over all its heads, from its accumulators on the host.
 
-    A statistic without a measurement is left out: of a map in which no row sees a key, or two keys
-    (`entropy_normalized`), or of which only the weights are known (`max_logit`).
+    Those that were not measured are left out, as `max_logit` where only the weights are known.
     """
     if not maps:
         return {}

@@ -108,8 +108,8 @@ def calibration_of(bins: Tensor) -> dict[str, Tensor]:
 def error_by_chance(bins: Tensor) -> Tensor:
     """The `ece` that chance alone may give a model that is right as often as it says, 0-d.
 
-    Over 32 samples a perfect model has 0.2 on average. How many of a bin are right is close to a
-    normal variable around what the bin says: this is the mean of the distance and two deviations.
+    Over 32 samples that is 0.2 on average. How many of a bin are right is close to a normal
+    variable around what the bin says: this is the mean of the distance and two deviations.
     """
     count, confidence, *_ = bins.unbind(1)
     mean = (confidence / count.clamp(min=1)).clamp(0, 1)

@@ -57,6 +57,9 @@ class Skips:
         self.count = 0
         self._last: tuple[float, float, int] | None = None  # scale, clean steps, steps
 
+    def resume(self, count: int) -> None:
+        self.count, self._last = count, None
+
     def look(self, at: Scaling, scale: float, clean: float) -> int:
         """The steps skipped so far, of a scaler with `scale` and `clean` steps at `at`."""
         first = self._last is None

@@ -1,9 +1,11 @@
 """Backend: one event into either SummaryWriter. All that differs between the two is here.
 
 Both have `_get_file_writer()`, beneath `add_scalar` and its kin: a step of 150 scalars goes in as
-one event, in a fifteenth of the time. Behind it stand a queue and a thread, which end on a full
-disk: torch's raises from then on; tensorboardX's blocks for ever once ten events wait, in close()
-and at the end of the program too. So each is looked at before it is given something.
+one event, in a fifteenth of the time. Its buckets and numbers are plain floats by then: what
+tensorboardX meets with a TypeError (bfloat16, None) or torch writes wrongly never gets there.
+Behind it stand a queue and a thread, which end on a full disk: torch's raises from then on;
+tensorboardX's blocks for ever once ten events wait, in close() and at the end of the program too.
+So each is looked at before it is given something.
 """
 
 import os
@@ -98,7 +100,8 @@ def supersede(writer: Any, step: int) -> bool:
     if backend is None:
         return False
     mark = backend.SessionLog(status=backend.SessionLog.START)
-    _wait_until(_give(writer, backend.Event(step=step, session_log=mark)))
+    for _ in range(2):  # TensorBoard's Python reader takes the first for the start of the run
+        _wait_until(_give(writer, backend.Event(step=step, session_log=mark)))
     return True
 
 

@@ -96,8 +96,13 @@ class Recorder:
                 self.writer.flush()
 
     def resume(self, step: int) -> None:
-        """Go on at `step`: what was written at it and after is superseded in the file."""
+        """Go on at `step`: what was written at it and after is superseded in the file.
+
+        Here a step can get lost: a tag that is still held for written (`_last`) is not.
+        """
+        self._waiting = []  # of a step that is abandoned, and flushed
         if any(last >= step for last in self._last.values()) and is_main_rank():
+            self._has_layout = False
             with self._ledger.guard("resume"):
                 if self.writer is not None and not supersede(self.writer, step):
                     self._ledger.warn_once(

@@ -407,9 +407,14 @@ def test_every_operator_of_the_tables_is_tried():
 )
 def test_operators_of_other_libraries(name, named, means, tmp_path):
     namespace, _, own = name.partition("::")
-    operator = getattr(getattr(torch.ops, namespace), own).default
     named = dict(named)
-    if (starts := named.pop("starts", None)) is None:
+    starts = named.pop("starts", None)
+    if (packet := getattr(getattr(torch.ops, namespace), own, None)) is None:
+        pytest.skip("a later torch has this operator")
+    operator = packet.default
+    if named.keys() - {argument.name for argument in operator._schema.arguments}:
+        pytest.skip("a later torch has these arguments")
+    if starts is None:
         q, k, v = heads(torch.float32, (2, 5, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8))
         samples = [(a.transpose(0, 1), b.transpose(0, 1)) for a, b in zip(q, k, strict=True)]
     else:

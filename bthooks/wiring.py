@@ -220,7 +220,7 @@ class Wiring:
             self.recorder.send()
             self._step = None
         slot = schedule.optimizer_ends(optimizer, again, known=len(self._optimizers))
-        if not self.is_on:  # the cadence, again
+        if not self.is_on:  # the cadence has detached
             return
         if slot is not None:
             self._step = Pending(slot.step, *slot.due, stepped=True)

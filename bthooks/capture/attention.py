@@ -39,7 +39,7 @@ class AttentionMode:
     """Passes every operator through and reports the attention maps among them, until `leave`.
 
     `found` is called with the path of the innermost module that ran a map, and its accumulators;
-    with a doubt, if an operator that is in no table may yet prove to be no attention.
+    and, of a fused operator, with what is to be said if these turn out to be of no attention.
     """
 
     def __init__(

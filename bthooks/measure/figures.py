@@ -39,6 +39,7 @@ class Figures:
     histograms: Mapping[Drawn, Histogram] = field(default_factory=dict)
     # module -> the min and max, where there are several values
     activations: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    nonfinite: Mapping[Drawn, float] = field(default_factory=dict)  # how many values, unless none
     forwards: Sequence[Forward] = ()  # what was not finite in each
 
 
@@ -62,11 +63,13 @@ def figures_of(readings: Readings, skips: Skips | None = None) -> Figures:
     for path in readings.doubts:
         maps[path] = attention.without_doubt(maps[path])
     maps = {path: sums for path, sums in maps.items() if sums.numel()}
-    activations = {}
-    for (group, name), found in readings.histograms.items():
-        low, high, count, *_ = found.summary.tolist()
-        if group == "activations" and count > 1:
-            activations[name] = low, high
+    activations, nonfinite = {}, {}
+    for drawn, found in readings.histograms.items():
+        low, high, count, *_, lost = found.summary.tolist()
+        if drawn.group == "activations" and count > 1:
+            activations[drawn.name] = low, high
+        if lost:
+            nonfinite[drawn] = lost
     return Figures(
         metrics={name: float(value) for name, value in readings.metrics.items()},
         learning_rates={group: float(rate) for group, rate in readings.learning_rates.items()},
@@ -85,6 +88,7 @@ def figures_of(readings: Readings, skips: Skips | None = None) -> Figures:
         },
         histograms=readings.histograms,
         activations=activations,
+        nonfinite=nonfinite,
         forwards=readings.forwards,
     )
 

@@ -64,13 +64,10 @@ def event_of(figures: Figures, verdict: Verdict | None = None) -> Event:
         for name, value in statistics.items()
         if value or name != "dead_rows"
     }
-    nonfinite: dict[str, float] = {}
     for (group, name), found in figures.histograms.items():
         # The plain tags of these groups are scalars.
-        tag = f"{group}/distribution" if group in ("gradients", "uncertainty") else group
-        event.histograms[f"{tag}/{name}"] = found
-        if count := float(found.summary[5]):
-            nonfinite[f"{group}/{name}"] = count
+        start = f"{group}/distribution" if group in ("gradients", "uncertainty") else group
+        event.histograms[f"{start}/{name}"] = found
     for group, values in (
         ("learning_rate", figures.learning_rates),
         ("gradients/norm", figures.norms),
@@ -80,7 +77,7 @@ def event_of(figures: Figures, verdict: Verdict | None = None) -> Event:
         ("attention", attention),
         ("uncertainty", figures.uncertainty),
         ("calibration", {n: v for n, v in figures.calibration.items() if not math.isnan(v)}),
-        ("health/nonfinite", nonfinite),
+        ("health/nonfinite", {f"{of}/{name}": n for (of, name), n in figures.nonfinite.items()}),
         ("health", verdict.shares if verdict else {}),
     ):
         event.scalars |= {f"{group}/{name}": value for name, value in values.items()}

@@ -41,7 +41,7 @@ class Columns(NamedTuple):
     dead: Tensor  # rows that see no key
 
 
-_MAXIMA = Columns._fields.index("rows")  # how many they are
+_ROWS = _MAXIMA = Columns._fields.index("rows")  # the first that adds up; how many do not
 
 
 class Head(NamedTuple):
@@ -236,7 +236,7 @@ def merge(a: Tensor, b: Tensor) -> Tensor:
 
 def _over_heads(a: Tensor) -> Tensor:
     """One column, of the heads that `without_doubt` would keep; NaN if there are none."""
-    known = ~a[_MAXIMA].isnan()
+    known = ~a[_ROWS].isnan()
     maxima, sums = torch.where(known, a[:_MAXIMA], -torch.inf), torch.where(known, a[_MAXIMA:], 0)
     over = torch.cat([maxima.amax(1, keepdim=True), sums.sum(1, keepdim=True)])
     return torch.where(known.any(), over, torch.nan)
@@ -247,7 +247,7 @@ def without_doubt(accumulators: Tensor) -> Tensor:
 
     On a device, the heads of each meaning that `capture/fused.py` tried and was wrong are NaN.
     """
-    return accumulators[:, ~accumulators[_MAXIMA].isnan()]
+    return accumulators[:, ~accumulators[_ROWS].isnan()]
 
 
 def finalize(accumulators: Tensor) -> dict[str, Tensor]:

@@ -124,7 +124,7 @@ def attach(
                 stacklevel=2,
             )
     ledger = Ledger(strict=on_error == "raise")
-    schedule = Schedule(step, (every, histograms_every), ledger.failed)
+    schedule = Schedule(step, (every, histograms_every), ledger.failed, model.training)
     if isinstance(target, Path):
         writer = open_writer(target, backend) if is_main_rank() else None
     recorder = Recorder(writer, prefix, Alerts(thresholds, on_alert, ledger), ledger)

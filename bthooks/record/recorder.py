@@ -128,17 +128,21 @@ class Recorder:
         for written (`_last`) is not.
         """
         self._waiting = []  # of a step that is abandoned, and flushed
-        wrote = self.has_written(step)
+        why = ""
         others = [found for found in _recorders if found is not self and self._shares(found)]
-        if wrote or not any(other.has_written(step) for other in others):
+        wrote = self.has_written(step)
+        if not wrote and any(other.has_written(step) for other in others):
+            why = "other attachments of this process have written to the folder"
+        else:
             self._has_layout = False
             with self._ledger.guard("resume"):
                 if not self.output.supersede(step) and wrote and is_main_rank():
-                    self._ledger.warn_once(
-                        "resume",
-                        f"the writer is no SummaryWriter: what it wrote at step {step} and after "
-                        "stays beside what is written from now on",
-                    )
+                    why = "the writer is no SummaryWriter: what it wrote"
+        if why:
+            self._ledger.warn_once(
+                "resume",
+                f"{why} at step {step} and after, which stays beside what is written from now on",
+            )
         self._last = {tag: last for tag, last in self._last.items() if last < step}
 
     def has_written(self, step: int) -> bool:

@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,9 +15,10 @@ from .handle import Handle, attached_to, be_first_at_exit
 from .health.alerts import Alert, Alerts
 from .health.conditions import Thresholds
 from .names import Selector, globs, selector
-from .record.backend import PACKAGES, is_main_rank, refuse_folder
+from .record.backend import PACKAGES, is_main_rank
+from .record.folders import Folder, Output, refuse_folder
 from .record.recorder import Recorder, folder_of
-from .record.writers import Folder, Output, Writer
+from .record.writers import Writer, open_writer
 from .report import Ledger
 from .schedule import Cadence, Schedule
 from .wiring import Wiring
@@ -135,7 +136,13 @@ def attach(
     schedule = Schedule(step, (every, histograms_every), ledger.failed)
     output = Output(target)
     if is_folder:
-        output = folder_of(target) or Folder(target, backend, be_first_at_exit)
+
+        def opened() -> Any:
+            found = open_writer(target, backend)
+            be_first_at_exit()
+            return found
+
+        output = folder_of(target) or Folder(target, opened)
     recorder = Recorder(output, prefix, Alerts(thresholds, on_alert, ledger), ledger)
     for former in replaced:
         former.detach()

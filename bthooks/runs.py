@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .record.backend import refuse_unknown
 from .record.event import alerts_in
+from .record.folders import refuse_unknown
 
 Value = TypeVar("Value")
 Points = list[tuple[int, Value]]  # steps and values

@@ -10,7 +10,6 @@ then on; tensorboardX's blocks for ever once ten events wait, in close() and at 
 program too. So each is looked at before it is given something.
 """
 
-import importlib
 import io
 import os
 import sys
@@ -83,25 +82,33 @@ def hand_over(writer: Any, event: Event, step: int, patient: bool = True) -> Cal
     if event.hparams is not None and not _is_own(writer, "add_hparams", backend):
         parts = {"add_hparams": {"": (event.hparams, event.scalars)}}
     called = {name: part for name, part in parts.items() if not _is_own(writer, name, backend)}
-    if called:
-        _call(writer, called, step, backend, patient)
-    if backend is None:
-        return _is_settled
     own = {name: part for name, part in parts.items() if name not in called}
-    proto = backend.Event(step=step)
-    if event.hparams is not None and "add_hparams" not in called:
-        proto.summary.MergeFromString(_session(event.hparams))
-    for tag, value in own.get("add_scalar", {}).items():
-        proto.summary.value.add(tag=tag, simple_value=value)
-    for tag, drawn in own.get("add_histogram_raw", {}).items():
-        proto.summary.MergeFrom(backend.histogram_raw(tag, **drawn))
-    for tag, image in own.get("add_image", {}).items():
-        proto.summary.MergeFrom(backend.image(tag, image, dataformats="HWC"))
-    for tag, text in own.get("add_text", {}).items():
-        proto.summary.MergeFrom(backend.text(tag, text))
-    for layout in own.get("add_custom_scalars", {}).values():
-        proto.summary.MergeFrom(backend.custom_scalars(layout))
-    return _give(writer, proto, step, patient) if proto.summary.value else _is_settled
+    failed = _call(writer, called, step, backend, patient)
+    is_settled = _is_settled
+    if backend is not None:
+        proto = backend.Event(step=step)
+        _fill(proto.summary, own, backend)
+        if event.hparams is not None and own:
+            proto.summary.MergeFromString(_session(event.hparams))
+        if proto.summary.value:
+            is_settled = _give(writer, proto, step, patient)
+    if failed:
+        raise failed[0]
+    return is_settled
+
+
+def _fill(summary: Any, parts: dict[str, dict[str, Any]], backend: ModuleType) -> None:
+    """Put `parts` into a summary of `backend`."""
+    for tag, value in parts.get("add_scalar", {}).items():
+        summary.value.add(tag=tag, simple_value=value)
+    for tag, drawn in parts.get("add_histogram_raw", {}).items():
+        summary.MergeFrom(backend.histogram_raw(tag, **drawn))
+    for tag, image in parts.get("add_image", {}).items():
+        summary.MergeFrom(backend.image(tag, image, dataformats="HWC"))
+    for tag, text in parts.get("add_text", {}).items():
+        summary.MergeFrom(backend.text(tag, text))
+    for layout in parts.get("add_custom_scalars", {}).values():
+        summary.MergeFrom(backend.custom_scalars(layout))
 
 
 def _call(
@@ -110,8 +117,8 @@ def _call(
     step: int,
     backend: ModuleType | None,
     patient: bool,
-) -> None:
-    """Call the methods of `writer`. One that fails costs its value, and is raised at the end."""
+) -> list[Exception]:
+    """Call the methods of `writer`; what failed, which costs its value alone."""
     failed: list[Exception] = []
     for name, part in parts.items():
         if name == "add_custom_scalars" and not hasattr(writer, name):
@@ -123,8 +130,7 @@ def _call(
                 _CALLS[name](writer, tag, value, step)
             except Exception as error:
                 failed.append(error)
-    if failed:
-        raise failed[0]
+    return failed
 
 
 def _session(hparams: dict[str, str | float | bool]) -> bytes:
@@ -179,47 +185,6 @@ def close(writer: Any) -> None:
     if _backend(writer, "close") is not None and writer.all_writers is not None:
         _wait_for_room(writer._get_file_writer(), is_there=False)
     writer.close()
-
-
-def refuse_folder(where: str, folder: Path | str, backend: str) -> None:
-    """Refuse what `backend` can't write to, as far as that is known before a file is opened."""
-    importlib.import_module(PACKAGES[backend])
-    if isinstance(folder, Path):
-        there = next(part for part in (folder, *folder.parents) if part.exists())
-        if not there.is_dir():
-            raise NotADirectoryError(f"{where}: no folder {folder} can be made: {there} is a file")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise PermissionError(f"{where}: {there} is not writable")
-    elif backend == "torch":
-        refuse_unknown(where, folder)
-    else:
-        record = importlib.import_module("tensorboardX.record_writer")
-        known = record.REGISTERED_FACTORIES
-        factory = known.get(folder.split(":")[0])
-        if factory is None:
-            raise ValueError(
-                f"{where}: tensorboardX writes to {', '.join(f'{one}://' for one in known)}, got "
-                f'{folder}; backend="torch" writes to all that the package fsspec knows'
-            )
-        for own, is_there, package in (
-            (record.S3RecordWriterFactory, record.S3_ENABLED, "boto3"),
-            (record.GCSRecordWriterFactory, record.GCS_ENABLED, "google-cloud-storage"),
-        ):
-            if type(factory) is own and not is_there:
-                raise ImportError(f"{where}: {folder} needs the package {package}")
-
-
-def refuse_unknown(where: str, url: str) -> None:
-    """Refuse a URL that TensorBoard can't read, nor torch's SummaryWriter write."""
-    from tensorboard.compat import tf
-
-    try:
-        tf.io.gfile.exists(url)
-    except (ImportError, ValueError) as error:  # of fsspec, or of TensorBoard where it is not there
-        raise ImportError(
-            f"{where}: {url} needs the package fsspec and the one for its kind (s3fs or boto3, "
-            f"gcsfs, pyarrow, ...): {error}"
-        ) from error
 
 
 def _backend(writer: Any, method: str) -> ModuleType | None:

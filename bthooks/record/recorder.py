@@ -21,9 +21,9 @@ from ..names import tag
 from ..report import Ledger
 from .backend import flush, hand_over, is_main_rank
 from .event import event_of_model, prefixed
+from .folders import Folder, Output
 from .transfer import Reading
 from .turns import put_off, turn
-from .writers import Folder, Output
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Recorder:
         writer = self.output.writer
         is_open = writer is not None and self.output.is_here() and is_main_rank()
         if is_open and not self._lost:
-            with turn(), self._ledger.guard("event file"):
+            with self._lock, turn(), self._ledger.guard("event file"):
                 flush(writer)
         if goes_on is not None:
             self.add(goes_on)

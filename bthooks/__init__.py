@@ -9,8 +9,9 @@ The map of the house; numbers run from the top to the bottom, and each file says
     measure/    computes              the same nouns: pure functions of tensors; readings (of a
                                       step, on the device), figures (on the host, by name)
     health/     judges                conditions, alerts, dashboard
-    record/     writes                recorder, transfer (device -> host), event (names -> tags),
-                                      backend (all that differs between the two), writers, images
+    record/     writes                recorder, turns (one write at a time), transfer (device ->
+                                      host), event (names -> tags), folders, writers, images,
+                                      backend (all that differs between the two)
     log.py                            the functions for scripts
     runs.py, __main__.py              event files read back; python -m bthooks
     names, checks, report, torch_private   the ground, which imports nothing of ours

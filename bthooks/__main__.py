@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from .checks import folder
 from .runs import missing, report
 
 _EPILOG = """
@@ -28,7 +29,13 @@ def main(arguments: list[str] | None = None) -> int:
         "python -m bthooks", description="Shows the runs under a directory.", epilog=_EPILOG
     )
     add = parser.add_argument
-    add("logdir", nargs="?", default="runs", type=Path, help="where the runs are (default: runs)")
+    add(
+        "logdir",
+        nargs="?",
+        default="runs",
+        type=_folder,
+        help="where the runs are, a directory or a URL such as s3://... (default: runs)",
+    )
     add(
         "--report",
         action="store_true",
@@ -57,6 +64,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 141
 
 
+def _folder(given: str) -> Path | str:
+    try:
+        return folder("logdir", given)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _port(given: str) -> int:
     port = int(given) if given.isdecimal() else 0
     if not 0 < port < 1 << 16:
@@ -64,7 +78,7 @@ def _port(given: str) -> int:
     return port
 
 
-def _serve(logdir: Path, host: str, port: int | None) -> int:
+def _serve(logdir: Path | str, host: str, port: int | None) -> int:
     """Show `logdir` until Ctrl-C."""
     from tensorboard import program
 

@@ -4,19 +4,20 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from . import checks
 from .capture.wanted import KINDS, ON_REQUEST, Wanted
-from .handle import Handle, attached_to
+from .handle import Handle, attached_to, be_first_at_exit
 from .health.alerts import Alert, Alerts
 from .health.conditions import Thresholds
 from .names import Selector, globs, selector
 from .record.backend import PACKAGES, is_main_rank
-from .record.recorder import Recorder
+from .record.folders import Folder, Output, refuse_folder
+from .record.recorder import Recorder, folder_of
 from .record.writers import Writer, open_writer
 from .report import Ledger
 from .schedule import Cadence, Schedule
@@ -42,8 +43,10 @@ def attach(
     """Log what `model` does in training from now on; no further call is needed.
 
     Args:
-        writer: an object with SummaryWriter's methods, which is never closed; or a path, where
-            a writer of `backend` is opened that `detach()` closes; or None: nothing is written.
+        writer: an object with SummaryWriter's methods, which is never closed; or a path or a URL
+            (as `make_writer` takes), where a writer of `backend` is opened at the first write that
+            `detach()` closes; or None: nothing is written. Attachments of one process to one path
+            share its writer, which is of the first one's `backend`.
         capture: which kinds must be there; None is all of attention, gradients, learning_rate,
             uncertainty and histograms that are. On request only: activations, updates.
         every, histograms_every: every how many steps scalars and histograms are written, or a
@@ -52,7 +55,8 @@ def attach(
             is all of them.
         include: which module paths and parameter names: a glob, several, or a function.
         prefix: joined in front of every tag with "/".
-        step: the number of the first step.
+        step: the number of the first step. What is in the folder already stays; to go on before
+            its end, use `Handle.load_state_dict`.
         thresholds: what counts as vanishing, exploding, collapsed and so on.
         on_alert: called with each `Alert`, which is also warned of, and in `Handle.alerts`. What it
             raises does not end the training: it is warned of.
@@ -91,6 +95,7 @@ def attach(
 
     Raises:
         TypeError, ValueError: an argument is none of what is described here.
+        ImportError, OSError: the path can't be written to, or its URL needs a missing package.
     """
     checks.model("attach", model)
     if isinstance(model, torch.jit.ScriptModule):
@@ -109,6 +114,10 @@ def attach(
     checks.instance("attach: on_alert is a function of an Alert", on_alert, Callable | None)
     checks.one_of("attach", "on_error", on_error, ("warn", "raise"))
     wanted = Wanted(kinds, capture is not None, selector(include), globs(include), attention_rows)
+    is_folder = isinstance(target, Path | str)
+    if is_folder and is_main_rank():
+        refuse_folder("attach", target, backend)
+    replaced = []
     for former, its_model in attached_to(target, prefix):
         if its_model is model:
             warnings.warn(
@@ -116,7 +125,7 @@ def attach(
                 f"replaces the former, which ends before step {former.step}",
                 stacklevel=2,
             )
-            former.detach()
+            replaced.append(former)
         elif target is not None:
             warnings.warn(
                 "bthooks.attach: another model is attached to this writer: their points mix in the "
@@ -125,7 +134,16 @@ def attach(
             )
     ledger = Ledger(strict=on_error == "raise")
     schedule = Schedule(step, (every, histograms_every), ledger.failed, model.training)
-    if isinstance(target, Path):
-        writer = open_writer(target, backend) if is_main_rank() else None
-    recorder = Recorder(writer, prefix, Alerts(thresholds, on_alert, ledger), ledger)
+    output = Output(target)
+    if is_folder:
+
+        def opened() -> Any:
+            found = open_writer(target, backend)
+            be_first_at_exit()
+            return found
+
+        output = folder_of(target) or Folder(target, opened)
+    recorder = Recorder(output, prefix, Alerts(thresholds, on_alert, ledger), ledger)
+    for former in replaced:
+        former.detach()
     return Handle(model, Wiring(model, wanted, schedule, recorder, ledger), target)

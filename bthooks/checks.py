@@ -8,9 +8,13 @@ import contextlib
 import numbers
 import operator
 import os
+import re
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 from torch import Tensor, nn
@@ -92,16 +96,43 @@ def thresholds(where: str, given: Any, kind: type) -> None:
 
 
 def target(where: str, writer: Any) -> Any:
-    """A writer as it is, a path as an absolute one, or None."""
+    """A writer as it is, a path as an absolute one, a URL as a str, or None."""
     # The methods first: a mock has __fspath__ too.
     if writer is None or callable(getattr(writer, "add_scalar", None)):
         return writer
     said = f"{where}: writer is an object with SummaryWriter's methods, a path or None"
     instance(said, writer, str | os.PathLike)
-    return Path(writer).absolute()
+    found = folder(where, writer)
+    return found.absolute() if isinstance(found, Path) else found
 
 
-def experiment(where: str, log_dir: Path, given: Any) -> Path:
+# Of one letter it is a drive of Windows; before it fsspec takes others, as in "simplecache::s3://".
+_URL = re.compile(r"(?:[A-Za-z][\w+.-]*::)*([A-Za-z][\w+.-]+):/(/?)")
+
+
+def folder(where: str, given: str | os.PathLike[str]) -> Path | str:
+    """A local path or `file://` as a Path; another URL as a str: a Path eats a slash of it."""
+    text = os.fspath(given)
+    found = _URL.match(text)
+    if found is None:
+        return Path(text)
+    scheme, slash = found.groups()
+    if not slash:
+        raise ValueError(
+            f"{where}: {text!r} is a URL of which pathlib has eaten a slash: give it as a str; a "
+            f"local folder of that name is ./{text}"
+        )
+    if scheme != "file":
+        return text if text.endswith("//") else text.rstrip("/")
+    parts = urlsplit(text)
+    if parts.netloc not in ("", "localhost"):
+        raise ValueError(
+            f"{where}: {text!r} is on {parts.netloc!r}; file:///... is of this machine"
+        )
+    return Path(url2pathname(parts.path))
+
+
+def experiment(where: str, log_dir: Path | str, given: Any) -> Path:
     """The path of a run, which is to lie below `log_dir`."""
     if not isinstance(given, str):
         raise TypeError(f"{where}: experiment is a str or None, got {given!r}")
@@ -241,9 +272,11 @@ def samples(where: str, given: Mapping[str, Any]) -> None:
         )
 
 
-def hparam(value: Any) -> str | float:
-    """A number or a string, which both backends write alike; anything else as its `str`."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+def hparam(value: Any) -> str | float | bool:
+    """A number, a bool or a string, which both backends write alike; anything else as its `str`."""
+    if getattr(value, "ndim", 0) == 0 or (isinstance(value, Tensor) and value.numel() == 1):
+        value = value.item() if hasattr(value, "item") else value  # of numpy, or in a tensor
+    if isinstance(value, bool | str):
+        return value
+    is_number = isinstance(value, int | float) and abs(value) <= sys.float_info.max
     return float(value) if is_number else str(value)

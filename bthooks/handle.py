@@ -1,34 +1,26 @@
 """Handle: what the user holds of an attachment: its lifetime, its resume and its report."""
 
 import atexit
+import multiprocessing.util
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .health.alerts import Alert
 from .names import tag
-from .record.backend import close
 from .report import Report
 from .unseen import unseen
 from .wiring import Wiring
 
 
 class Handle:
-    """An attachment, as `attach` returns it. A context manager: leaving it detaches.
-
-    Attributes:
-        writer: what is written to; None where nothing is.
-    """
+    """An attachment, as `attach` returns it. A context manager: leaving it detaches."""
 
     def __init__(self, model: nn.Module, wiring: Wiring, target: Any) -> None:
         self._wiring, self._schedule, self._recorder = wiring, wiring.schedule, wiring.recorder
-        self.writer: Any = self._recorder.writer
-        self._owns_writer = isinstance(target, Path) and self.writer is not None
-        # Exit handlers run in reverse order: this one before that of a writer opened earlier.
-        atexit.register(self.detach)
+        be_first_at_exit()
         self._finalizer = weakref.finalize(model, self.detach)
         self._finalizer.atexit = False
         _attached[self] = wiring, target
@@ -37,6 +29,11 @@ class Handle:
     def step(self) -> int:
         """The number of the next step: `step=` and the steps begun since."""
         return self._schedule.step
+
+    @property
+    def writer(self) -> Any:
+        """What is written to, opened if it is not yet; None where nothing is written."""
+        return self._recorder.open()
 
     @property
     def alerts(self) -> tuple[Alert, ...]:
@@ -67,7 +64,9 @@ class Handle:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at the step of `state`, without a gap, a double point or a second alert.
 
-        All that this process wrote to the file at that step and after is superseded.
+        All that is in the folder of the writer at that step and after is superseded, also of
+        earlier processes and by other hands; unless only other attachments of this process wrote
+        it. Of a writer that is no SummaryWriter nothing can be.
         """
         known = self.state_dict().keys()
         if state.keys() != known:
@@ -86,17 +85,14 @@ class Handle:
     def detach(self) -> None:
         """Write what was measured, and take everything off the model, the optimizers and torch.
 
-        A writer that `attach` opened is closed. A second call does nothing.
+        A writer that `attach` opened is closed, if no other attachment writes to it. A second call
+        does nothing.
         """
         if _attached.pop(self, None) is None or not self._wiring.is_here():
             return
         self._finalizer.detach()
-        atexit.unregister(self.detach)
         self._wiring.off()
         self._recorder.close()
-        if self._owns_writer:
-            with self._wiring.ledger.guard("close of the writer"):
-                close(self.writer)
 
     def __enter__(self) -> "Handle":
         return self
@@ -106,6 +102,19 @@ class Handle:
 
 
 _attached: dict[Handle, tuple[Wiring, Any]] = {}
+
+
+def be_first_at_exit() -> None:
+    """Let the attachments end before what was opened so far: exit handlers run in reverse order."""
+    atexit.unregister(_detach_all)
+    atexit.register(_detach_all)
+    if multiprocessing.parent_process() is not None:  # a forked process has no exit handlers
+        multiprocessing.util.Finalize(None, _detach_all, exitpriority=0)
+
+
+def _detach_all() -> None:
+    for handle in tuple(_attached):
+        handle.detach()
 
 
 def attached_to(target: Any, prefix: str) -> list[tuple[Handle, nn.Module | None]]:

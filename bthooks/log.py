@@ -17,7 +17,7 @@ from .measure.histograms import histogram
 from .measure.readings import Drawn, Readings, parameter_histograms, rates_of, uncertainties
 from .measure.sharded import is_sharded
 from .names import parameter_names, tag
-from .record.backend import write, write_hparams
+from .record.backend import write
 from .record.event import Event, event_of, prefixed
 from .record.images import reliability_diagram
 from .record.recorder import recorder_of
@@ -307,8 +307,10 @@ def log_hparams(
 ) -> None:
     """Write the hyperparameters of the run with the metrics they led to, once, at its end.
 
-    In the run's own event file, with no sub-run. Numbers and strings are kept, anything else is
-    written as its `str`.
+    In the run's own event file, with no sub-run. Numbers, bools and strings are kept, None is left
+    out, anything else (and inf and NaN, which the tab can't show) is written as its `str`. The
+    HParams tab has a column for each hyperparameter of any run in the folder, and offers each
+    scalar of these runs as a metric.
 
     | tag | what |
     | --- | --- |
@@ -322,8 +324,9 @@ def log_hparams(
         checks.instance(f"log_hparams: {what} are a dict", given, Mapping)
     numbers = {name: checks.number("log_hparams", name, value) for name, value in metrics.items()}
     event = prefixed(_event(Readings(metrics=numbers)), tag(prefix, "hparams"))
-    plain = {str(name): checks.hparam(value) for name, value in hparams.items()}
-    write_hparams(writer, plain, event.scalars)
+    known = {str(name): value for name, value in hparams.items() if value is not None}
+    event.hparams = {name: checks.hparam(value) for name, value in known.items()}
+    write(writer, event, 0)
 
 
 def _lost(is_nan: Tensor, of: str, so: str) -> int:

@@ -5,7 +5,6 @@ all optimizers, through torch's own hooks for them. Training forwards wait in a 
 optimizer step that follows and go with it; eval forwards stand apart, under `val/`.
 """
 
-import os
 import sys
 import threading
 import weakref
@@ -21,6 +20,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils.data import get_worker_info
 from torch.utils.hooks import RemovableHandle
 
 from .capture.forward import ObservedForward, uncertainty_of
@@ -63,7 +63,6 @@ class Wiring:
         self.wanted, self.schedule = wanted, schedule
         self.recorder, self.ledger = recorder, ledger
         self.calls = 0  # forwards of the model
-        self._process = os.getpid()  # a forked child has the hooks, and no writer's thread
         self._optimizers = Optimizers(schedule.optimizer_is_gone)
         self._gradients = Gradients(wanted, ledger)
         self._probe, self._changes, self._moves = Probe(), deque[Transfer](), 0
@@ -91,8 +90,15 @@ class Wiring:
         self._changed(model)
 
     def is_here(self) -> bool:
-        """Whether this is the process that attached."""
-        return os.getpid() == self._process
+        """Whether this is the process that writes: a forked child has the hooks alone."""
+        return self.recorder.output.is_here()
+
+    def _may_train(self, root: nn.Module) -> bool:
+        """Whether a forward of `root` is to be seen: also in a fork that may move the writing."""
+        if self.is_here():
+            return True
+        trains = root.training and torch.is_grad_enabled() and get_worker_info() is None
+        return trains and self.recorder.output.may_move()
 
     def flush(self) -> None:
         """Hand over all that was observed, also of a step that is not over, and write it."""
@@ -101,9 +107,7 @@ class Wiring:
             self.recorder.add(Pending(slot.step, *slot.due, readings=pool))
         elif pool is not None and self._step is not None:
             self._step.readings.merge(pool)
-        self.recorder.flush()
-        if self._step is not None:  # another optimizer may still step in it
-            self.recorder.add(self._step)
+        self.recorder.flush(self._step)  # in which another optimizer may still step
 
     def resume(self) -> None:
         """The schedule goes on elsewhere: no step has begun."""
@@ -130,7 +134,7 @@ class Wiring:
         self._step = None
 
     def _before_forward(self, root: nn.Module, *given: Any) -> None:
-        if torch.compiler.is_compiling() or root is not self.root() or not self.is_here():
+        if torch.compiler.is_compiling() or root is not self.root() or not self._may_train(root):
             return
         self.calls += 1
         running = self._forward
@@ -330,13 +334,17 @@ class Wiring:
 
     def _find(self, optimizer: Optimizer) -> Known | None:
         """`optimizer`, if it holds a parameter of the model and its steps count here."""
-        if not self.is_on or os.getpid() != self._process:
+        if not self.is_on:
             return None
         try:
-            return self._optimizers.find(optimizer, self.root())
+            known = self._optimizers.find(optimizer, self.root())
         except Exception as error:
             self.ledger.failed("parameters of the optimizer", error)
             return None
+        if known is not None and not self.is_here():
+            self.recorder.output.move()
+            return known if self.is_here() else None
+        return known
 
     def _say_absent(self) -> None:
         say_absent(self.root(), self.wanted, self.ledger, self.calls, self.schedule.steps)

@@ -310,22 +310,58 @@ def test_text_and_hparams(logged):
     assert run.group("hparams/", 0) == pytest.approx({"accuracy": 0.97, "loss": 1.0})
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_hparams_are_what_the_plugin_reads(tmp_path, backend):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.plugins.hparams import metadata
+HPARAMS = {
+    "a": {"lr": 0.5, "amp": True, "none": None, "name": "adam"},
+    "b": {"lr": np.float64(0.25), "layers": np.int64(3), "amp": np.bool_(False)},
+    "c": {"clip": math.inf, "betas": [0.9, 0.99], "huge": 10**400, "t": torch.tensor([0.5])},
+}
+TABLE = {
+    "a": {"lr": 0.5, "amp": True, "name": "adam"},
+    "b": {"lr": 0.25, "layers": 3.0, "amp": False},
+    "c": {"clip": "inf", "betas": "[0.9, 0.99]", "huge": str(10**400), "t": 0.5},
+}
 
-    with make_writer(tmp_path, "run", backend=backend) as writer:
-        bthooks.log_hparams(writer, {"lr": 0.5, "amp": True, "none": None}, {"accuracy": 0.97})
-    events = EventAccumulator(str(tmp_path / "run"))
-    events.Reload()
-    content = events.PluginTagToContent("hparams")
-    start = metadata.parse_session_start_info_plugin_data(content["_hparams_/session_start_info"])
-    assert start.hparams["lr"].number_value == 0.5
-    assert start.hparams["amp"].string_value == "True"
-    assert start.hparams["none"].string_value == "None"
-    experiment = metadata.parse_experiment_plugin_data(content["_hparams_/experiment"])
-    assert [metric.name.tag for metric in experiment.metric_infos] == ["hparams/accuracy"]
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_hparams_tab_has_the_columns_of_all_runs(tmp_path, backend):
+    """As TensorBoard's plugin reads them, in the folder of several runs."""
+    from google.protobuf import json_format
+    from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins import base_plugin
+    from tensorboard.plugins.hparams import api_pb2, list_session_groups
+    from tensorboard.plugins.hparams.backend_context import Context
+
+    for run, hparams in HPARAMS.items():
+        with make_writer(tmp_path, run, backend=backend) as writer:
+            bthooks.log_hparams(writer, hparams, {run: 0.5, "loss": 1}, prefix="p" * (run == "c"))
+    assert read(tmp_path / "a").files == 1
+    many = plugin_event_multiplexer.EventMultiplexer()
+    many.AddRunsFromDirectory(str(tmp_path))
+    many.Reload()
+    provider = data_provider.MultiplexerDataProvider(many, str(tmp_path))
+    context = Context(
+        base_plugin.TBContext(logdir=str(tmp_path), data_provider=provider, multiplexer=many)
+    )
+    request = RequestContext()
+    content = context.hparams_metadata(request, "")
+    experiment = context.experiment_from_metadata(request, "", True, content, [])
+    kinds = {info.name: info.type for info in experiment.hparam_infos}
+    assert kinds.keys() == set().union(*TABLE.values())
+    assert kinds["amp"] == api_pb2.DATA_TYPE_BOOL
+    assert kinds["lr"] == kinds["layers"] == api_pb2.DATA_TYPE_FLOAT64
+    assert {metric.name.tag for metric in experiment.metric_infos} == {
+        *("hparams/a", "hparams/b", "hparams/loss", "p/hparams/c", "p/hparams/loss")
+    }
+    asked = api_pb2.ListSessionGroupsRequest(slice_size=10)
+    asked.allowed_statuses.append(api_pb2.STATUS_SUCCESS)
+    asked.col_params.extend(api_pb2.ColParams(hparam=name) for name in kinds)
+    found = list_session_groups.Handler(request, context, "", asked).run()
+    table = {
+        group.sessions[0].name: json_format.MessageToDict(group)["hparams"]
+        for group in found.session_groups
+    }
+    assert table == TABLE
 
 
 @pytest.mark.parametrize(

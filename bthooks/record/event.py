@@ -28,6 +28,10 @@ class Event:
     images: dict[str, Tensor] = field(default_factory=dict)  # (height, width, 3), uint8
     texts: dict[str, str] = field(default_factory=dict)
     layout: Layout = field(default_factory=dict)  # of the charts, without tags
+    hparams: dict[str, str | float | bool] | None = None  # of which the scalars are the metrics
+
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
 
     def mapped(self, function: Callable[[dict[str, Any]], dict[str, Any]]) -> "Event":
         """The same with `function` of each dict that has tags."""
@@ -37,6 +41,7 @@ class Event:
             function(self.images),
             function(self.texts),
             self.layout,
+            self.hparams,
         )
 
 

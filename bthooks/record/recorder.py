@@ -10,6 +10,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ..health.alerts import Alerts
@@ -18,9 +20,11 @@ from ..measure.readings import Readings
 from ..measure.scaling import Skips, is_any_scaler
 from ..names import tag
 from ..report import Ledger
-from .backend import hand_over, is_main_rank, supersede
+from .backend import flush, hand_over, is_main_rank
 from .event import event_of_model, prefixed
+from .folders import Folder, Output
 from .transfer import Reading
+from .turns import put_off, turn
 
 
 @dataclass
@@ -38,8 +42,8 @@ class Pending:
 class Recorder:
     """Has each step of one attachment judged, and writes it."""
 
-    def __init__(self, writer: Any, prefix: str, alerts: Alerts, ledger: Ledger) -> None:
-        self.writer, self.prefix, self.alerts = writer, prefix, alerts
+    def __init__(self, output: Output, prefix: str, alerts: Alerts, ledger: Ledger) -> None:
+        self.output, self.prefix, self.alerts = output, prefix, alerts
         self._ledger = ledger
         self.skips = Skips()
         self._scalers: bool | None = None  # whether there is any
@@ -57,66 +61,109 @@ class Recorder:
         """Take in a step, to whose readings more may come until it is sent."""
         self._waiting.append(pending)
 
+    def open(self) -> Any:
+        """The writer, opened if it is not; None where nothing is written, or it can't be opened."""
+        writer = None
+        with self._ledger.guard("event file"):
+            writer = self.output.open(self._ledger) if self.output.is_here() else None
+        return writer
+
     def send(self, wait: bool = False) -> None:
         """Write what waits, as far as it has arrived on the host; with `wait`, all."""
-        if not (self._waiting or self._leaving or self._unsettled):
+        if not (self._waiting or self._leaving or self._unsettled) or not self.output.is_here():
+            return
+        if put_off(partial(self.send, wait)):
             return
         with self._lock:  # several threads may run one model: their steps in order
-            unsettled, self._unsettled = self._unsettled, None
-            if unsettled is not None:
-                step, is_settled = unsettled
-                with self._losing(step):
-                    self._unsettled = None if is_settled() else unsettled
-            waiting, self._waiting = self._waiting, []
-            wait_for = len(self._leaving) if waiting else 0
-            for pending in waiting:
-                readings, pending.readings = pending.readings, Readings()
-                # A forward runs before we know whether its step is logged.
-                if not pending.histograms:
-                    readings.histograms, readings.samples = {}, {}
-                if not pending.scalars:
-                    readings.attention, readings.doubts, readings.uncertainty = {}, {}, {}
-                with self._losing(pending.step):
-                    self._leaving.append((pending, Reading(readings)))
-            while self._leaving:
-                pending, reading = self._leaving[0]
-                with self._losing(pending.step):
-                    # Those of the last logging step are waited for, at the latest now.
-                    if not (wait or wait_for > 0 or reading.transfer.is_done()):
-                        break
-                    self._write(pending, reading.result())
-                self._leaving.popleft()
-                wait_for -= 1
+            with turn():
+                self._send(wait)
             self.alerts.tell()
 
-    def flush(self) -> None:
-        """Write what waits, to the disk."""
+    def _send(self, wait: bool) -> None:
+        unsettled, self._unsettled = self._unsettled, None
+        if unsettled is not None:
+            step, is_settled = unsettled
+            with self._losing(step):
+                self._unsettled = None if is_settled() else unsettled
+        waiting, self._waiting = self._waiting, []
+        wait_for = len(self._leaving) if waiting else 0
+        for pending in waiting:
+            readings, pending.readings = pending.readings, Readings()
+            # A forward runs before we know whether its step is logged.
+            if not pending.histograms:
+                readings.histograms, readings.samples = {}, {}
+            if not pending.scalars:
+                readings.attention, readings.doubts, readings.uncertainty = {}, {}, {}
+            with self._losing(pending.step):
+                self._leaving.append((pending, Reading(readings)))
+        while self._leaving:
+            pending, reading = self._leaving[0]
+            # Those of the last logging step are waited for, at the latest now.
+            is_due = wait or wait_for > 0
+            with self._losing(pending.step):
+                is_due = is_due or reading.transfer.is_done()
+            if not is_due:
+                break
+            self._leaving.popleft()
+            wait_for -= 1
+            with self._losing(pending.step):
+                self._write(pending, reading.result())
+
+    def flush(self, goes_on: Pending | None = None) -> None:
+        """Write what waits, to the disk; to a step that `goes_on` more may come."""
         self.send(wait=True)
-        if self.writer is not None and is_main_rank() and not self._lost:
-            with self._ledger.guard("flush of the writer"):
-                self.writer.flush()
+        if put_off(partial(self.flush, goes_on)):
+            return
+        writer = self.output.writer
+        is_open = writer is not None and self.output.is_here() and is_main_rank()
+        if is_open and not self._lost:
+            with self._lock, turn(), self._ledger.guard("event file"):
+                flush(writer)
+        if goes_on is not None:
+            self.add(goes_on)
 
     def resume(self, step: int) -> None:
-        """Go on at `step`: what was written at it and after is superseded in the file.
+        """Go on at `step`: what is in the folder at it and after is superseded.
 
-        Here a step can get lost: a tag that is still held for written (`_last`) is not.
+        Unless it is of other attachments alone. Here a step can get lost: a tag that is still held
+        for written (`_last`) is not.
         """
         self._waiting = []  # of a step that is abandoned, and flushed
-        if any(last >= step for last in self._last.values()) and is_main_rank():
+        why = ""
+        others = [found for found in _recorders if found is not self and self._shares(found)]
+        wrote = self.has_written(step)
+        if not wrote and any(other.has_written(step) for other in others):
+            why = "other attachments of this process have written to the folder"
+        else:
             self._has_layout = False
             with self._ledger.guard("resume"):
-                if self.writer is not None and not supersede(self.writer, step):
-                    self._ledger.warn_once(
-                        "resume",
-                        f"the writer is no SummaryWriter: what it wrote at step {step} and after "
-                        "stays beside what is written from now on",
-                    )
+                if not self.output.supersede(step) and wrote and is_main_rank():
+                    why = "the writer is no SummaryWriter: what it wrote"
+        if why:
+            self._ledger.warn_once(
+                "resume",
+                f"{why} at step {step} and after, which stays beside what is written from now on",
+            )
         self._last = {tag: last for tag, last in self._last.items() if last < step}
 
+    def has_written(self, step: int) -> bool:
+        """Whether it has written at `step` or after."""
+        return any(last >= step for last in self._last.values())
+
     def close(self) -> None:
-        """Be found by its writer no more."""
+        """Be found by its writer no more; the last one closes it, where attach opened it."""
+        if put_off(self.close):
+            return
         with contextlib.suppress(ValueError):
             _recorders.remove(self)
+        if not any(map(self._shares, _recorders)):
+            with turn(), self._ledger.guard("event file"):
+                self.output.close()
+
+    def _shares(self, other: "Recorder") -> bool:
+        """Whether both write to one writer."""
+        ours, theirs = self.output, other.output
+        return ours is theirs or (ours.writer is not None and ours.writer is theirs.writer)
 
     def _write(self, pending: Pending, readings: Readings) -> None:
         figures = self._figures(readings)
@@ -133,8 +180,10 @@ class Recorder:
         self._has_layout = self._has_layout or pending.stepped
         event = prefixed(event, tag(self.prefix, pending.prefix))
         event = event.mapped(lambda part: self._unwritten(part, pending.step))
-        is_settled = hand_over(self.writer, event, pending.step, patient=not self._lost)
-        self._unsettled = pending.step, is_settled
+        if event:
+            writer = self.output.open(self._ledger)
+            is_settled = hand_over(writer, event, pending.step, patient=not self._lost)
+            self._unsettled = pending.step, is_settled
 
     def _figures(self, readings: Readings) -> Figures:
         """Without a total norm before clipping that is not one, and it is said why."""
@@ -198,4 +247,11 @@ _recorders: list[Recorder] = []
 
 def recorder_of(writer: Any) -> Recorder | None:
     """The recorder that writes to `writer`, the first one of several."""
-    return next((found for found in _recorders if found.writer is writer), None)
+    return next((found for found in _recorders if found.output.writer is writer), None)
+
+
+def folder_of(folder: Path | str) -> Folder | None:
+    """What the attachments of this process write to in `folder`; None if there are none."""
+    outputs = [found.output for found in _recorders]
+    found = (out for out in outputs if isinstance(out, Folder) and out.folder == folder)
+    return next((out for out in found if out.is_here()), None)

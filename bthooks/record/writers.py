@@ -6,6 +6,7 @@ file of the first, and folders named after the second are shared.
 
 import importlib
 import inspect
+import itertools
 import os
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any, Protocol
 
 from .. import checks
 from .backend import PACKAGES, is_main_rank
+from .folders import refuse_folder
+
+_count = itertools.count()  # of tensorboardX's writers
 
 
 class Writer(Protocol):
@@ -38,6 +42,8 @@ def make_writer(
     """Open a SummaryWriter of either backend whose event file lies in `log_dir/experiment`.
 
     Args:
+        log_dir: a folder, or a URL (`s3://`, `gs://`, ...): torch writes to those that the package
+            fsspec knows, tensorboardX to `s3://` and `gs://` by packages of their own.
         experiment: the run's name; None is the time, `YYYYMMDD_HHMMSS`.
         backend: "torch" (`torch.utils.tensorboard`) or "tensorboardX".
         purge_step: on resuming, hide what an earlier run wrote at this step and after.
@@ -49,24 +55,27 @@ def make_writer(
     Raises:
         ValueError: `backend` is neither of the two, or `experiment` leaves `log_dir`.
         TypeError: that SummaryWriter has no such option.
+        ImportError: a package that the URL needs is missing; it is named.
 
     >>> import tempfile
     >>> with make_writer(tempfile.mkdtemp(), "first", backend="tensorboardX") as writer:
     ...     writer.add_scalar("train/loss", 0.5, 0)
     """
     checks.one_of("make_writer", "backend", backend, PACKAGES)
-    root = Path(log_dir)
+    root = checks.folder("make_writer", log_dir)
     run = None if experiment is None else checks.experiment("make_writer", root, experiment)
     if not is_main_rank():
         return None
-    directory = _timestamp(root) if run is None else root / run
-    return open_writer(directory, backend, purge_step=purge_step, **backend_options)
+    if isinstance(root, str):
+        refuse_folder("make_writer", root, backend)
+    folder = _timestamp(root) if run is None else _below(root, run)
+    return open_writer(folder, backend, purge_step=purge_step, **backend_options)
 
 
 def open_writer(
-    directory: Path, backend: str, *, purge_step: int | None = None, **options: Any
+    folder: Path | str, backend: str, *, purge_step: int | None = None, **options: Any
 ) -> Any:
-    """Open a SummaryWriter whose event file lies directly in `directory`."""
+    """Open a SummaryWriter whose event file lies directly in `folder`."""
     package = PACKAGES[backend]
     SummaryWriter = importlib.import_module(package).SummaryWriter
     unknown = options.keys() - inspect.signature(SummaryWriter).parameters.keys()
@@ -75,19 +84,26 @@ def open_writer(
     if backend == "tensorboardX":
         # Its file name has the second in it and nothing else: a second writer of that second
         # would truncate the first one's file.
-        count = sum(1 for _ in directory.glob("events.out.tfevents.*"))
-        options.setdefault("filename_suffix", f".{os.getpid()}.{count}")
-    return SummaryWriter(str(directory), purge_step=purge_step, **options)
+        options.setdefault("filename_suffix", f".{os.getpid()}.{next(_count):04}")
+    return SummaryWriter(str(folder), purge_step=purge_step, **options)
 
 
-def _timestamp(root: Path) -> Path:
+def _below(root: Path | str, run: Path) -> Path | str:
+    if isinstance(root, Path):
+        return root / run
+    return f"{root}{'' if root.endswith('/') else '/'}{run.as_posix()}"
+
+
+def _timestamp(root: Path | str) -> Path | str:
     """A folder named after this second; a second run of that second gets "_2"."""
-    first = root / datetime.now().strftime("%Y%m%d_%H%M%S")
-    run, number = first, 1
+    name = datetime.now().strftime("%Y%m%d_%H%M%S")
+    if isinstance(root, str):
+        return _below(root, Path(name))
+    run, number = root / name, 1
     while True:
         try:
             run.mkdir(parents=True)
             return run
         except FileExistsError:
             number += 1
-            run = root / f"{first.name}_{number}"
+            run = root / f"{name}_{number}"

@@ -4,6 +4,10 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing import plugin_event_accumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.context import RequestContext
+from tensorboard.data import server_ingester
+from tensorboard.util.grpc_util import ChannelCredsType
 from torch import nn
 
 import bthooks
@@ -55,6 +59,165 @@ def test_a_rollback_supersedes_the_abandoned_branch(back_to, tmp_path, backend, 
     report = capsys.readouterr().out
     assert ("over  exploding_gradients: root: step 4" in report) == (back_to > 4)
     assert f"step {end - 1}\n" in report
+
+
+def rust(directory, tag):
+    """The points of a scalar as TensorBoard's faster reader serves them, where it is installed."""
+    binary = pytest.importorskip("tensorboard_data_server").server_binary()
+    if binary is None:
+        pytest.skip("no binary of it for this machine")
+    server = server_ingester.SubprocessServerDataIngester(
+        server_ingester.ServerBinary(binary, version=None),
+        str(directory),
+        reload_interval=0,
+        channel_creds_type=ChannelCredsType.LOCAL,
+        samples_per_plugin={"scalars": 0},
+    )
+    server.start()
+    (points,) = server.data_provider.read_scalars(
+        RequestContext(), experiment_id="", plugin_name="scalars", downsample=1000
+    ).values()
+    return [(point.step, point.value) for point in points[tag]]
+
+
+def session(directory, steps, scale, *, state=None, before=lambda handle: None, **options):
+    """So many steps of an attachment of its own, with a validation after each.
+
+    Returns:
+        the state at each step.
+    """
+    torch.manual_seed(0)
+    model, x, states = Transformer(), batch(0)[0], {}
+    for block in model.blocks:
+        block.drop.p = 0.0
+    optimizer = torch.optim.SGD(model.parameters(), 1e-9)
+    options = {"every": 1, "histograms_every": 1, "thresholds": QUIET} | options
+    with attach(model, directory, **options) as handle:
+        before(handle)
+        if state is not None:
+            handle.load_state_dict(state)
+        for _ in range(steps):
+            states[handle.step] = handle.state_dict()
+            optimizer.zero_grad()
+            (scale * model.train()(x)["logits"].sum()).backward()
+            optimizer.step()
+            model.eval()(x)
+        states[handle.step] = handle.state_dict()
+    return states
+
+
+QUIET = bthooks.Thresholds(exploding=1e9)
+# Each session resumes at a step of one before, and goes on so many steps.
+SESSIONS = {
+    "once": [(0, 7), (4, 4)],
+    "further back the second time": [(0, 5), (4, 3), (2, 3)],
+    "where it ended": [(0, 3), (3, 3)],
+    "later than what is left": [(0, 6), (2, 1), (6, 2)],
+    "twice where it was": [(0, 4), (2, 3), (2, 3)],
+    "from the start": [(0, 3), (0, 2)],
+    "many in one second": [(0, 2), *[(1, 2)] * 11],
+}
+
+
+@pytest.mark.parametrize("sessions", SESSIONS.values(), ids=SESSIONS)
+def test_a_resume_by_path_supersedes_what_is_in_the_folder(sessions, tmp_path, backend, capsys):
+    states, expected = {}, {}
+    for number, (start, steps) in enumerate(sessions, 1):
+        state = states.get(start) if number > 1 else None
+        folder = tmp_path / "run"
+        states |= session(folder, steps, number, state=state, backend=backend, prefix="p")
+        expected = {step: scale for step, scale in expected.items() if step < start}
+        expected |= dict.fromkeys(range(start, start + steps), number)
+    run = read(tmp_path)
+    assert run.files == len(sessions)
+    norms = run.scalars["p/gradients/total_norm"]
+    unit = norms[0][1] / expected[0]
+    assert norms == [(s, pytest.approx(unit * scale)) for s, scale in sorted(expected.items())]
+    for kind in (run.scalars, run.histograms, run.images):
+        for tag, points in kind.items():
+            assert [step for step, _ in points] == sorted(expected), tag
+    assert {"p/val/attention/head_entropy", "p/attention/head_entropy"} <= run.images.keys()
+    events = plugin_event_accumulator.EventAccumulator(str(folder), {"tensors": 0}).Reload()
+    assert [e.step for e in events.Tensors("p/gradients/total_norm")] == sorted(expected)
+    assert main([str(tmp_path), "--report"]) == 0
+    assert f"run: step {max(expected)}\n" in capsys.readouterr().out
+    if len(sessions) < 4:  # it starts a process
+        assert rust(tmp_path, "p/gradients/total_norm") == norms
+
+
+BEFORE = {
+    "the writer is used": lambda handle, states: bthooks.log_metrics(
+        handle.writer, {"loss": 1.0}, 0
+    ),
+    "another state is loaded": lambda handle, states: handle.load_state_dict(states[1]),
+    "an earlier one is loaded and used": lambda handle, states: (
+        handle.load_state_dict(states[2]),
+        bthooks.log_metrics(handle.writer, {"loss": 1.0}, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
+def test_what_is_done_before_a_resume_by_path_changes_nothing(before, tmp_path, backend):
+    states = session(tmp_path, 6, 1.0, backend=backend)
+    state = states[4]
+    session(
+        tmp_path, 3, 2.0, state=state, backend=backend, before=lambda handle: before(handle, states)
+    )
+    run = read(tmp_path)
+    left = range(4) if before is not BEFORE["an earlier one is loaded and used"] else range(2)
+    steps = [step for step, _ in run.scalars["gradients/total_norm"]]
+    assert steps == [*left, 4, 5, 6]
+    assert len(run.scalars.get("train/loss", [0])) == 1
+
+
+def test_alerts_of_what_is_superseded_are(tmp_path, backend, capsys):
+    options = {"backend": backend, "thresholds": bthooks.Thresholds(exploding=100.0)}
+    states = session(tmp_path, 4, 1.0, **options)
+    with pytest.warns(RuntimeWarning, match="exploding_gradients: head: step 5"):
+        session(tmp_path, 4, 1e3, state=states[4], **options)
+    assert main([str(tmp_path), "--report"]) == 1
+    session(tmp_path, 1, 1.0, state=states[4], **options)
+    # The reader of what serves; EventAccumulator leaves texts where they are.
+    events = plugin_event_accumulator.EventAccumulator(str(tmp_path), {"tensors": 0}).Reload()
+    assert events.Tensors("health/alerts/text_summary") == []
+    assert main([str(tmp_path), "--report"]) == 0
+    assert "no alerts" in capsys.readouterr().out
+
+
+def test_a_resume_hides_what_others_wrote_before_but_not_what_they_write_now(tmp_path, backend):
+    """The mark is of the folder: it knows no tags."""
+    states = session(tmp_path, 4, 1.0, backend=backend, prefix="a")
+    session(tmp_path, 6, 1.0, backend=backend, prefix="b")
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-9)
+    with attach(model, tmp_path, backend=backend, prefix="c", every=1, step=1) as handle:
+        for _ in range(3):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        handle.flush()
+        with pytest.warns(RuntimeWarning, match="resume: other attachments .* at step 2 and after"):
+            session(tmp_path, 1, 2.0, backend=backend, prefix="a", state=states[2])
+        session(tmp_path, 1, 2.0, backend=backend, prefix="a", state=states[4])
+    events = EventAccumulator(str(tmp_path), {"scalars": 0}).Reload()
+    steps = {one: [e.step for e in events.Scalars(f"{one}/gradients/total_norm")] for one in "abc"}
+    assert steps == {"a": [0, 1, 2, 3, 2, 4], "b": [0, 1, 2, 3], "c": [1, 2, 3]}
+
+
+def test_step_alone_supersedes_nothing(tmp_path, backend):
+    session(tmp_path, 4, 1.0, backend=backend)
+    session(tmp_path, 1, 1.0, backend=backend, step=2, prefix="evaluated")
+    run = read(tmp_path)
+    assert [step for step, _ in run.scalars["gradients/total_norm"]] == [0, 1, 2, 3]
+    assert [step for step, _ in run.scalars["evaluated/gradients/total_norm"]] == [2]
+
+
+def test_a_file_of_the_future_is_said(tmp_path):
+    states = session(tmp_path, 3, 1.0)
+    (file,) = tmp_path.iterdir()
+    file.rename(tmp_path / "events.out.tfevents.9999999999.elsewhere.1.0")
+    with pytest.warns(RuntimeWarning, match="resume: .* of a later time than this machine's"):
+        session(tmp_path, 1, 1.0, state=states[1])
 
 
 def test_a_rollback_on_a_writer_without_a_file_is_said():

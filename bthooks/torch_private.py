@@ -10,6 +10,7 @@ rests on it as not measured.
 import contextlib
 import functools
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import optimizer
+from torch.utils.hooks import RemovableHandle
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -296,6 +298,35 @@ def after_backward(callback: Callable[[], None], former: int | None) -> int:
     return number
 
 
+@_private
+def hide_from_script() -> Callable[[], None]:
+    """Let `torch.jit.script` pass over our hooks, until what is returned is called.
+    It compiles all hooks of a module, to the very types of its forward, and puts them into what it
+    makes; nothing public takes one out. `torch.jit._recursive.create_script_module`, torch <= 2.11.
+    Renamed: an error; called by another way: a model that is attached can't be scripted."""
+    room = torch.jit._recursive
+    create: Callable[..., Any] = room.create_script_module
+
+    @functools.wraps(create)
+    def without_ours(nn_module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as after:
+            for module in nn_module.modules():
+                for name in ("_forward_hooks", "_forward_pre_hooks"):
+                    hooks = vars(module)[name]
+                    others = {i: hook for i, hook in hooks.items() if not isinstance(hook, Hook)}
+                    if len(others) < len(hooks):
+                        after.callback(vars(module).__setitem__, name, hooks)
+                        vars(module)[name] = others
+            return create(nn_module, *args, **kwargs)
+
+    def end() -> None:
+        if room.create_script_module is without_ours:  # else another has wrapped it since
+            room.create_script_module = create
+
+    room.create_script_module = without_ours
+    return end
+
+
 class Hook:
     """A hook that copies as nothing: `nn.Module` keeps hooks where they are copied with it.
     deepcopy, pickle and torch.save carry `nullcontext().__exit__` in its place, which takes any
@@ -309,3 +340,25 @@ class Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+    def put(self, register: Callable[..., RemovableHandle], option: str) -> RemovableHandle:
+        """Register it with an option that is True, so that not even that is left in copies.
+        A module notes which hooks have an option in a dict behind that of the hooks, by which it is
+        copied later: what stands there takes the hook out of the copy. Were it copied before, torch
+        <= 2.11: copies that are silent only."""
+        handle = register(self, **{option: True})
+        hooks: Any = handle.hooks_dict_ref()
+        for reference in handle.extra_dict_ref:
+            if handle.id in (noted := reference()):
+                noted[handle.id] = _Noted(hooks, handle.id)
+        return handle
+
+
+class _Noted:
+    """That a hook has an option; in a copy, it takes that hook out of the copied `hooks`."""
+
+    def __init__(self, hooks: dict[int, Any], number: int) -> None:
+        self._hooks, self._number = hooks, number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict.pop, (self._hooks, self._number, None)

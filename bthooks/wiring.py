@@ -10,18 +10,18 @@ import sys
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils.hooks import RemovableHandle
 
+from .capture.calls import calls_of
 from .capture.forward import ObservedForward
 from .capture.gradients import Gradients
 from .capture.optimizers import Optimizers, Probe
@@ -33,8 +33,8 @@ from .record.transfer import Transfer
 from .report import Ledger
 from .schedule import Schedule, Slot
 from .torch_private import (
-    Hook,
     calls_on_stack,
+    hide_from_script,
     is_running,
     is_traced,
     steps_on_stack,
@@ -68,18 +68,13 @@ class Wiring:
         self._depth = 0  # calls of the root inside its own forward
         self._handled: BaseException | None = None
         self.is_on = True
-        before, after = Hook(self._before_forward), Hook(self._after_forward)
-        if isinstance(model, nn.TransformerEncoderLayer):
-            # A hook of its own switches its C++ fast path off, one on all modules does not.
-            self._before = module.register_module_forward_pre_hook(before)
-            self._after = module.register_module_forward_hook(after, always_call=True)
-        else:
-            self._before = model.register_forward_pre_hook(before, with_kwargs=True)
-            self._after = model.register_forward_hook(after, always_call=True)
+        self._hooks = calls_of(model, self._before_forward, self._after_forward)
         _listeners.append(self)
         if not _hooks:
-            _hooks.append(register_optimizer_step_pre_hook(_before_step))
-            _hooks.append(register_optimizer_step_post_hook(_after_step))
+            _hooks.append(register_optimizer_step_pre_hook(_before_step).remove)
+            _hooks.append(register_optimizer_step_post_hook(_after_step).remove)
+            with ledger.guard("torch.jit.script"):
+                _hooks.append(hide_from_script())
         self._watch()
 
     def is_here(self) -> bool:
@@ -104,14 +99,14 @@ class Wiring:
     def off(self) -> None:
         """Take everything off the model, the optimizers and torch; write what is left."""
         self.is_on = False
-        self._before.remove()
-        # A forward that another thread runs ends with this hook, which takes itself off.
+        self._hooks.stop()
+        # A forward that another thread runs ends with a hook, which then takes itself off.
         if self._forward is None or self._forward.thread == threading.get_ident():
-            self._after.remove()
+            self._hooks.remove()
         _listeners.remove(self)
         if not _listeners and not steps_on_stack():
-            for hook in _hooks:
-                hook.remove()
+            for remove in _hooks:
+                remove()
             _hooks.clear()
         self._gradients.unwatch()
         self._close_forward()
@@ -163,7 +158,7 @@ class Wiring:
             handled = self._handled
             self._close_forward()
             if not self.is_on:
-                self._after.remove()
+                self._hooks.remove()
             elif sys.exc_info()[1] is handled:  # else it raised: not a whole forward
                 readings = forward.readings(root, output)
                 if not slot.validation:
@@ -266,7 +261,7 @@ class Wiring:
 # torch tells of the steps of all optimizers in one place, so all attachments listen through one
 # pair of hooks. torch walks over its hooks during a step: none may be taken off before that ends.
 _listeners: list[Wiring] = []
-_hooks: list[RemovableHandle] = []
+_hooks: list[Callable[[], None]] = []
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -492,6 +492,27 @@ def test_storage_of():
     assert inside[0][0] == address
 
 
+def test_hide_from_script():
+    def own(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return output * 2
+
+    model, x = nn.Sequential(nn.Linear(2, 2)), torch.ones(1, 2)
+    model[0].register_forward_hook(own)
+    for hook in (model.register_forward_hook, model[0].register_forward_pre_hook):
+        hook(room.Hook(print))
+    create = torch.jit._recursive.create_script_module
+    end = room.hide_from_script()
+    scripted = torch.jit.script(model)
+    assert torch.equal(scripted(x), model[0].forward(x) * 2)
+    assert not scripted._forward_hooks
+    assert [len(m._forward_hooks) for m in (model, model[0])] == [1, 1]
+    assert len(model[0]._forward_pre_hooks) == 1
+    end()
+    assert torch.jit._recursive.create_script_module is create
+    with pytest.raises(AttributeError, match="__name__"):
+        torch.jit.script(model)
+
+
 @pytest.mark.parametrize("name", MAY_FAIL)
 def test_what_fails_is_said_and_training_goes_on(name, monkeypatch, tmp_path):
     met = []

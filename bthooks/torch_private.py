@@ -63,6 +63,25 @@ def innermost(modules: Container[nn.Module]) -> nn.Module | None:
 
 
 @_private
+def call_of(module: nn.Module) -> tuple[int, Any, int]:
+    """The innermost call of `module`: its frame's number, what it was given, and by which lines it
+    came here, which is equal for the same lines.
+    In compiled code, where no call inside `module` is on the stack, each operator of the graph has
+    a line, or is a node that is interpreted (activation checkpointing). As `innermost`, and the `n`
+    of `torch.fx.Interpreter.run_node`, torch <= 2.11. The latter renamed: an error."""
+    calls = nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__
+    lines: list[int] = []
+    for frame in _frames():
+        if frame.f_code in calls and frame.f_locals["self"] is module:
+            given = frame.f_locals["args"], frame.f_locals["kwargs"]
+            return id(frame), given, hash(tuple(lines))
+        lines += id(frame.f_code), frame.f_lasti
+        if frame.f_code is torch.fx.Interpreter.run_node.__code__:
+            lines.append(id(frame.f_locals["n"]))
+    raise RuntimeError("it is not called")
+
+
+@_private
 def calls_on_stack(module: nn.Module) -> int:
     """How many calls of `module` run in this thread; as `innermost` (torch <= 2.11), 0 for None."""
     call = nn.Module._call_impl.__code__
@@ -237,6 +256,22 @@ def is_in_functorch(tensor: Tensor) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
+@functools.cache
+def _stand_ins() -> tuple[type, ...]:
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return FakeTensor, FunctionalTensor
+
+
+@_private
+def has_values(tensor: Tensor) -> bool:
+    """Whether `tensor` is none that only stands for others: on the meta device, or in compilation.
+    Operators of a compilation are shown to a mode under DDP. Publicly only modes tell of it, which
+    need not be on. `FakeTensor`, `FunctionalTensor`, torch <= 2.11. Moved: an error."""
+    return not (tensor.is_meta or isinstance(tensor, _stand_ins()))
+
+
 @_private
 def norm_of_each(tensors: list[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     """The L2 norm of each, computed and returned as `dtype`, 0-d: all in one kernel.
@@ -283,6 +318,13 @@ def storage_of(tensor: Tensor) -> tuple[int, torch.UntypedStorage] | None:
     except RuntimeError:  # a sparse tensor has none
         return None
     return storage._cdata, storage
+
+
+@_private
+def is_in_backward() -> bool:
+    """Whether a backward pass runs in this thread: a forward in it is one that is recomputed.
+    Nothing public tells. `_current_graph_task_id`, torch <= 2.11. Renamed: an error."""
+    return torch._C._current_graph_task_id() != -1
 
 
 @_private

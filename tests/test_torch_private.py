@@ -95,6 +95,37 @@ def test_innermost():
     assert seen == [compiled]
 
 
+def test_call_of():
+    def look():
+        """Twice by the same line, once by another; a frame is the same one as long as it lives."""
+        calls.extend(room.call_of(model) for _ in range(2))
+        calls.append(room.call_of(model))
+        assert len({frame for frame, *_ in calls[-3:]}) == 1
+
+    calls = []
+    model, x = Calls(look), torch.ones(2)
+    model(x), model(x=x)
+    (_, given, one), (_, _, same), (_, _, other), (_, named, again), *_ = calls
+    assert (given, named) == (((x,), {}), ((), {"x": x}))
+    assert one == same != other
+    assert again == one
+    with pytest.raises(RuntimeError, match="not called"):
+        room.call_of(model)
+
+    # A graph that is interpreted, as activation checkpointing does: a line for all of its nodes.
+    def look_at(func, args, kwargs):
+        calls.append(room.call_of(model))
+        return func(*args, **kwargs)
+
+    graph = torch.fx.symbolic_trace(lambda x: x.exp().exp())
+    model.look = lambda: torch.fx.Interpreter(graph).run(x)
+    with room.dispatch_mode(look_at):
+        model(x), model(x)
+    places = [place for *_, place in calls[-6:]]  # exp, exp, mul, twice
+    assert places[:2] == places[3:5]
+    assert places[0] != places[1]
+
+
 def test_calls_on_stack(monkeypatch):
     class Recursive(nn.Module):
         def forward(self, depth):
@@ -301,6 +332,27 @@ def test_is_in_functorch():
     assert found == [True, True, False]
 
 
+def test_has_values():
+    seen = []
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return x.exp()
+
+    def backend(graph, inputs):
+        seen.extend(inputs)
+        return graph
+
+    torch.compile(Model(), backend=torch._dynamo.backends.common.aot_autograd(fw_compiler=backend))(
+        torch.ones(2)
+    )
+    functional = torch._subclasses.functional_tensor.FunctionalTensor
+    with torch._subclasses.functional_tensor.FunctionalTensorMode():
+        seen.append(functional.to_functional(torch.ones(2)))
+    assert [room.has_values(x) for x in (*seen, torch.ones(2, device="meta"))] == [False] * 3
+    assert room.has_values(nn.Parameter(torch.ones(2)))
+
+
 def test_norm_of_each():
     large = torch.full((3,), 1e4, dtype=torch.float16)
     found = room.norm_of_each([large, torch.ones(4).half()], torch.float64)
@@ -328,6 +380,18 @@ def test_leaves_of():
     assert [leaf for leaf in leaves if leaf is not None] == [1, 2, 3, 4]
     doubled = rebuilt([leaf and leaf * 2 for leaf in leaves])
     assert doubled == {"a": [2, (4, None)], "b": Pair(6, Registered(8))}
+
+
+def test_is_in_backward():
+    seen = []
+
+    def forward(x):
+        seen.append(room.is_in_backward())
+        return x.exp()
+
+    checkpoint(forward, torch.ones(2, requires_grad=True), use_reentrant=False).sum().backward()
+    assert seen == [False, True]
+    assert not room.is_in_backward()
 
 
 def test_after_backward():

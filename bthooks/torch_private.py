@@ -229,10 +229,16 @@ def as_outside_modes() -> contextlib.AbstractContextManager[object]:
 @_private
 def is_compiled(module: nn.Module) -> bool:
     """Whether calls of `module` itself are compiled.
-    Nothing public tells. `_compiled_call_impl` is that of `module.compile()`, `_orig_mod` is in
-    what `torch.compile(module)` returns, torch <= 2.11. The former renamed: an error; the latter:
-    False, and hooks are put on that are never called."""
-    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+    Nothing public tells. `_orig_mod` is in what `torch.compile(module)` returns, torch <= 2.11.
+    Renamed: False, and hooks are put on that are never called."""
+    return is_compiled_in_place(module) or "_orig_mod" in module._modules
+
+
+@_private
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called: its calls run no hooks but those that were traced.
+    Nothing public tells. `_compiled_call_impl`, torch <= 2.11. Renamed: an error."""
+    return module._compiled_call_impl is not None
 
 
 @_private

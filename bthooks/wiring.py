@@ -210,7 +210,7 @@ class Wiring:
         begins = schedule.begins_step(optimizer, again)
         if begins:
             self._close_forward()
-            if schedule.steps == 1:
+            if schedule.steps == 1 or (self._step and not self._step.readings.forwards):
                 self._say_absent()
             self.recorder.send()
             self._step = None

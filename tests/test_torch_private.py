@@ -295,10 +295,17 @@ def test_without_overrides():
 
 def test_is_compiled():
     assert not room.is_compiled(nn.Linear(2, 2))
-    assert room.is_compiled(torch.compile(nn.Linear(2, 2)))
-    in_place = nn.Linear(2, 2)
+    returned, in_place = torch.compile(nn.Linear(2, 2)), nn.Linear(2, 2)
     in_place.compile()
+    assert room.is_compiled(returned)
     assert room.is_compiled(in_place)
+
+
+def test_is_compiled_in_place():
+    returned, in_place = torch.compile(nn.Linear(2, 2)), nn.Linear(2, 2)
+    in_place.compile()
+    assert not room.is_compiled_in_place(returned)
+    assert room.is_compiled_in_place(in_place)
 
 
 def test_is_normalization():

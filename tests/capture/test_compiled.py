@@ -237,3 +237,47 @@ def test_a_recomputation_is_no_further_map(recomputed, tmp_path):
     plain = entropies(build(Penalised, blocks=2), tmp_path / "plain")
     found = entropies(build(Penalised, blocks=2, recomputed=recomputed), tmp_path / "recomputed")
     assert_layers(found, plain, ["stack.blocks.0", "stack.blocks.1"])
+
+
+def losses_of(model, steps=4):
+    torch.manual_seed(1)
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.01), []
+    for x in torch.randn(steps, 4, 9, 16):
+        losses.append(model(x).pow(3).mean() / 100)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+@pytest.mark.parametrize("compiled", ["before attach", "after attach", "after steps"])
+@pytest.mark.parametrize("capture", [None, ["attention"]])
+def test_a_root_compiled_in_place_is_said_at_once_and_left_alone(compiled, capture, tmp_path):
+    def run(attached):
+        counter, handle, losses = CompileCounterWithBackend("aot_eager"), None, []
+        model = build()
+        if compiled == "before attach":
+            model.compile(backend=counter)
+        if attached:
+            handle = attach(model, tmp_path, capture=capture, every=1)
+        if compiled == "after steps":
+            losses += losses_of(model)
+        model.compile(backend=counter)
+        losses += losses_of(model)
+        return losses, counter.frame_count, handle
+
+    losses, frames, _ = run(attached=False)
+    with pytest.warns(
+        RuntimeWarning, match=r"attention: model\.compile\(\) .* attach to that"
+    ) as w:
+        found, also, handle = run(attached=True)
+    assert len(w) == 1
+    assert "torch.compile(model)" in handle.report().missed["attention"]
+    handle.detach()
+    assert torch.equal(torch.stack(found), torch.stack(losses))
+    assert also == frames
+    points = read(tmp_path).scalars.get("attention/mean_entropy", [])
+    assert [step for step, _ in points] == ([0, 1, 2, 3] if compiled == "after steps" else [])
+    # What the warning says to do.
+    model = torch.compile(build(), backend="aot_eager")
+    assert_layers(entropies(model, tmp_path / "so"), entropies(build(), tmp_path / "plain"), LAYERS)

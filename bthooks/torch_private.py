@@ -10,6 +10,7 @@ rests on it as not measured.
 import contextlib
 import functools
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
@@ -59,6 +60,25 @@ def innermost(modules: Container[nn.Module]) -> nn.Module | None:
     calls = nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__
     called = (frame.f_locals["self"] for frame in _frames() if frame.f_code in calls)
     return next((module for module in called if module in modules), None)
+
+
+@_private
+def call_of(module: nn.Module) -> tuple[int, Any, int]:
+    """The innermost call of `module`: its frame's number, what it was given, and by which lines it
+    came here, which is equal for the same lines.
+    In compiled code, where no call inside `module` is on the stack, each operator of the graph has
+    a line, or is a node that is interpreted (activation checkpointing). As `innermost`, and the `n`
+    of `torch.fx.Interpreter.run_node`, torch <= 2.11. The latter renamed: an error."""
+    calls = nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__
+    lines: list[int] = []
+    for frame in _frames():
+        if frame.f_code in calls and frame.f_locals["self"] is module:
+            given = frame.f_locals["args"], frame.f_locals["kwargs"]
+            return id(frame), given, hash(tuple(lines))
+        lines += id(frame.f_code), frame.f_lasti
+        if frame.f_code is torch.fx.Interpreter.run_node.__code__:
+            lines.append(id(frame.f_locals["n"]))
+    raise RuntimeError("it is not called")
 
 
 @_private
@@ -218,10 +238,16 @@ def as_outside_modes() -> contextlib.AbstractContextManager[object]:
 @_private
 def is_compiled(module: nn.Module) -> bool:
     """Whether calls of `module` itself are compiled.
-    Nothing public tells. `_compiled_call_impl` is that of `module.compile()`, `_orig_mod` is in
-    what `torch.compile(module)` returns, torch <= 2.11. The former renamed: an error; the latter:
-    False, and hooks are put on that are never called."""
-    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+    Nothing public tells. `_orig_mod` is in what `torch.compile(module)` returns, torch <= 2.11.
+    Renamed: False, and hooks are put on that are never called."""
+    return is_compiled_in_place(module) or "_orig_mod" in module._modules
+
+
+@_private
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called: its calls run no hooks but those that were traced.
+    Nothing public tells. `_compiled_call_impl`, torch <= 2.11. Renamed: an error."""
+    return module._compiled_call_impl is not None
 
 
 @_private
@@ -243,6 +269,22 @@ def is_in_functorch(tensor: Tensor) -> bool:
     """Whether `tensor` stands for others inside `torch.func.grad` or `vmap`, and has no values.
     Nothing public tells. `is_functorch_wrapped_tensor`, torch <= 2.11. Renamed: an error."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+@functools.cache
+def _stand_ins() -> tuple[type, ...]:
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return FakeTensor, FunctionalTensor
+
+
+@_private
+def has_values(tensor: Tensor) -> bool:
+    """Whether `tensor` is none that only stands for others: on the meta device, or in compilation.
+    Operators of a compilation are shown to a mode under DDP. Publicly only modes tell of it, which
+    need not be on. `FakeTensor`, `FunctionalTensor`, torch <= 2.11. Moved: an error."""
+    return not (tensor.is_meta or isinstance(tensor, _stand_ins()))
 
 
 @_private
@@ -302,6 +344,13 @@ def backward_pass() -> int | None:
 
 
 @_private
+def is_in_backward() -> bool:
+    """Whether a backward pass runs in this thread: a forward in it is one that is recomputed.
+    Nothing public tells. `_current_graph_task_id`, torch <= 2.11. Renamed: an error."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@_private
 def after_backward(callback: Callable[[], None], former: int | None) -> int:
     """Call `callback` at the end of the backward pass that runs in this thread, once: its number.
     That is after DDP's and FSDP2's own, which reduce the gradients; the public
@@ -335,6 +384,35 @@ def is_hooked_by_others(parameter: Tensor) -> bool:
     return len(hooks) > 1
 
 
+@_private
+def hide_from_script() -> Callable[[], None]:
+    """Let `torch.jit.script` pass over our hooks, until what is returned is called.
+    It compiles all hooks of a module, to the very types of its forward, and puts them into what it
+    makes; nothing public takes one out. `torch.jit._recursive.create_script_module`, torch <= 2.11.
+    Renamed: an error; called by another way: a model that is attached can't be scripted."""
+    room = torch.jit._recursive
+    create: Callable[..., Any] = room.create_script_module
+
+    @functools.wraps(create)
+    def without_ours(nn_module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as after:
+            for module in nn_module.modules():
+                for name in ("_forward_hooks", "_forward_pre_hooks"):
+                    hooks = vars(module)[name]
+                    others = {i: hook for i, hook in hooks.items() if not isinstance(hook, Hook)}
+                    if len(others) < len(hooks):
+                        after.callback(vars(module).__setitem__, name, hooks)
+                        vars(module)[name] = others
+            return create(nn_module, *args, **kwargs)
+
+    def end() -> None:
+        if room.create_script_module is without_ours:  # else another has wrapped it since
+            room.create_script_module = create
+
+    room.create_script_module = without_ours
+    return end
+
+
 class Hook:
     """A hook that copies as nothing: `nn.Module` keeps hooks where they are copied with it.
     deepcopy, pickle and torch.save carry `nullcontext().__exit__` in its place, which takes any
@@ -348,3 +426,25 @@ class Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+    def put(self, register: Callable[..., RemovableHandle], option: str) -> RemovableHandle:
+        """Register it with an option that is True, so that not even that is left in copies.
+        A module notes which hooks have an option in a dict behind that of the hooks, by which it is
+        copied later: what stands there takes the hook out of the copy. Were it copied before, torch
+        <= 2.11: copies that are silent only."""
+        handle = register(self, **{option: True})
+        hooks: Any = handle.hooks_dict_ref()
+        for reference in handle.extra_dict_ref:
+            if handle.id in (noted := reference()):
+                noted[handle.id] = _Noted(hooks, handle.id)
+        return handle
+
+
+class _Noted:
+    """That a hook has an option; in a copy, it takes that hook out of the copied `hooks`."""
+
+    def __init__(self, hooks: dict[int, Any], number: int) -> None:
+        self._hooks, self._number = hooks, number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict.pop, (self._hooks, self._number, None)

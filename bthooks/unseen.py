@@ -6,12 +6,17 @@ from .capture.wanted import Wanted
 from .measure.uncertainty import KEYS
 from .names import module_names, parameter_names, selector
 from .report import Ledger
-from .torch_private import is_compiled
+from .torch_private import is_compiled, is_compiled_in_place
 
 _NOT_CALLED = (
     "the forward of the attached module did not run where a hook sees it: its .forward() was "
     "called directly, or only modules inside it were, or it was compiled after attach; attach to "
     "the module that the loop calls, and after torch.compile to what it returns"
+)
+_IN_PLACE = (
+    "model.compile() on the attached module compiles its calls in place, with the hooks by which "
+    "they are seen; instead let compiled = torch.compile(model), attach to that and call it in the "
+    "loop: its parameters are the model's; or call block.compile() of the modules inside"
 )
 _COMPILED = (
     "compiled, where an explicit softmax or flex_attention is fused with its neighbours and can't "
@@ -31,7 +36,10 @@ def unseen(
     compiled: list[str] = []
     with ledger.guard("compiled modules"):
         compiled = [path for module, path in paths.items() if is_compiled(module)]
-    forward = "" if calls else _NOT_CALLED
+    in_place = False
+    with ledger.guard("compiled modules"):
+        in_place = root is not None and is_compiled_in_place(root)
+    forward = _IN_PLACE if in_place else "" if calls else _NOT_CALLED
     step = "" if steps else "no optimizer that holds a parameter of the model has stepped"
     attention = "no attention was recognised in the observed forwards"
     if compiled:
@@ -47,6 +55,8 @@ def unseen(
         "updates": step or "no parameter is selected",
     }
     missed = {kind: why[kind] for kind in wanted.kinds if not ledger.names(kind)}
+    if in_place and "attention" in wanted.kinds:  # also where it was seen before that
+        missed["attention"] = _IN_PLACE
     seen = {path.partition("/")[0] for path in ledger.names("attention")}
     if not seen:
         return missed
@@ -65,7 +75,8 @@ def say_absent(
 ) -> None:
     """Warn of what was asked for by name and not seen, and of a forward that never ran."""
     for kind, why in unseen(root, wanted, ledger, calls, steps).items():
-        if wanted.by_name or (kind == "attention" and steps and not calls):
+        is_deaf = kind == "attention" and why in (_NOT_CALLED, _IN_PLACE)
+        if wanted.by_name or (is_deaf and steps):
             ledger.warn_once(kind, why)
     if root is not None:
         with ledger.guard("include"):

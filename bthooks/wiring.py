@@ -9,20 +9,19 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 from torch.utils.data import get_worker_info
-from torch.utils.hooks import RemovableHandle
 
+from .capture.calls import calls_of
 from .capture.forward import ObservedForward, uncertainty_of
 from .capture.gradients import Gradients
 from .capture.optimizers import Known, Optimizers, Probe
@@ -34,9 +33,9 @@ from .record.transfer import Transfer
 from .report import Ledger
 from .schedule import BY_HAND, Schedule, Slot
 from .torch_private import (
-    Hook,
     backward_pass,
     calls_on_stack,
+    hide_from_script,
     is_captured,
     is_running,
     is_traced,
@@ -74,18 +73,13 @@ class Wiring:
         self._depth = 0  # calls of the root inside its own forward
         self._handled: BaseException | None = None
         self.is_on = True
-        before, after = Hook(self._before_forward), Hook(self._after_forward)
-        if isinstance(model, nn.TransformerEncoderLayer):
-            # A hook of its own switches its C++ fast path off, one on all modules does not.
-            self._before = module.register_module_forward_pre_hook(before)
-            self._after = module.register_module_forward_hook(after, always_call=True)
-        else:
-            self._before = model.register_forward_pre_hook(before, with_kwargs=True)
-            self._after = model.register_forward_hook(after, always_call=True)
+        self._hooks = calls_of(model, self._before_forward, self._after_forward)
         _listeners.append(self)
         if not _hooks:
-            _hooks.append(register_optimizer_step_pre_hook(_before_step))
-            _hooks.append(register_optimizer_step_post_hook(_after_step))
+            _hooks.append(register_optimizer_step_pre_hook(_before_step).remove)
+            _hooks.append(register_optimizer_step_post_hook(_after_step).remove)
+            with ledger.guard("torch.jit.script"):
+                _hooks.append(hide_from_script())
         self._watch()
         self._changed(model)
 
@@ -116,14 +110,14 @@ class Wiring:
     def off(self) -> None:
         """Take everything off the model, the optimizers and torch; write what is left."""
         self.is_on = False
-        self._before.remove()
-        # A forward that another thread runs ends with this hook, which takes itself off.
+        self._hooks.stop()
+        # A forward that another thread runs ends with a hook, which then takes itself off.
         if self._forward is None or self._forward.thread == threading.get_ident():
-            self._after.remove()
+            self._hooks.remove()
         _listeners.remove(self)
         if not _listeners and not steps_on_stack():
-            for hook in _hooks:
-                hook.remove()
+            for remove in _hooks:
+                remove()
             _hooks.clear()
         self._gradients.unwatch()
         self._gradients.ended()
@@ -184,7 +178,7 @@ class Wiring:
             handled = self._handled
             self._close_forward()
             if not self.is_on:
-                self._after.remove()
+                self._hooks.remove()
             elif sys.exc_info()[1] is handled:  # else it raised: not a whole forward
                 readings = forward.readings(root, output)
                 if slot.validation:
@@ -286,7 +280,7 @@ class Wiring:
         begins = schedule.begins_step(numbers, backward)
         if begins:
             self._close_forward()
-            if schedule.steps == 1:
+            if schedule.steps == 1 or (self._step and not self._step.readings.forwards):
                 self._say_absent()
             self.recorder.send()
             self._step = self._validation = None
@@ -388,7 +382,7 @@ class Wiring:
 # torch tells of the steps of all optimizers in one place, so all attachments listen through one
 # pair of hooks. torch walks over its hooks during a step: none may be taken off before that ends.
 _listeners: list[Wiring] = []
-_hooks: list[RemovableHandle] = []
+_hooks: list[Callable[[], None]] = []
 
 
 # By thread: the optimizers whose steps run, each within the one before, with those that stepped in

@@ -437,7 +437,7 @@ def test_copies_are_silent_and_load_without_bthooks(tmp_path):
     code = (
         "import sys; sys.modules['bthooks'] = None; import torch; "
         f"model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False); "
-        "model(torch.ones(1, 4)).sum().backward()"
+        "model(torch.ones(1, 4)).sum().backward(); torch.jit.script(model)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     handle.detach()

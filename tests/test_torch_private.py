@@ -95,6 +95,37 @@ def test_innermost():
     assert seen == [compiled]
 
 
+def test_call_of():
+    def look():
+        """Twice by the same line, once by another; a frame is the same one as long as it lives."""
+        calls.extend(room.call_of(model) for _ in range(2))
+        calls.append(room.call_of(model))
+        assert len({frame for frame, *_ in calls[-3:]}) == 1
+
+    calls = []
+    model, x = Calls(look), torch.ones(2)
+    model(x), model(x=x)
+    (_, given, one), (_, _, same), (_, _, other), (_, named, again), *_ = calls
+    assert (given, named) == (((x,), {}), ((), {"x": x}))
+    assert one == same != other
+    assert again == one
+    with pytest.raises(RuntimeError, match="not called"):
+        room.call_of(model)
+
+    # A graph that is interpreted, as activation checkpointing does: a line for all of its nodes.
+    def look_at(func, args, kwargs):
+        calls.append(room.call_of(model))
+        return func(*args, **kwargs)
+
+    graph = torch.fx.symbolic_trace(lambda x: x.exp().exp())
+    model.look = lambda: torch.fx.Interpreter(graph).run(x)
+    with room.dispatch_mode(look_at):
+        model(x), model(x)
+    places = [place for *_, place in calls[-6:]]  # exp, exp, mul, twice
+    assert places[:2] == places[3:5]
+    assert places[0] != places[1]
+
+
 def test_calls_on_stack(monkeypatch):
     class Recursive(nn.Module):
         def forward(self, depth):
@@ -269,10 +300,17 @@ def test_without_overrides():
 
 def test_is_compiled():
     assert not room.is_compiled(nn.Linear(2, 2))
-    assert room.is_compiled(torch.compile(nn.Linear(2, 2)))
-    in_place = nn.Linear(2, 2)
+    returned, in_place = torch.compile(nn.Linear(2, 2)), nn.Linear(2, 2)
     in_place.compile()
+    assert room.is_compiled(returned)
     assert room.is_compiled(in_place)
+
+
+def test_is_compiled_in_place():
+    returned, in_place = torch.compile(nn.Linear(2, 2)), nn.Linear(2, 2)
+    in_place.compile()
+    assert not room.is_compiled_in_place(returned)
+    assert room.is_compiled_in_place(in_place)
 
 
 def test_is_normalization():
@@ -306,6 +344,27 @@ def test_is_in_functorch():
     assert found == [True, True, False]
 
 
+def test_has_values():
+    seen = []
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return x.exp()
+
+    def backend(graph, inputs):
+        seen.extend(inputs)
+        return graph
+
+    torch.compile(Model(), backend=torch._dynamo.backends.common.aot_autograd(fw_compiler=backend))(
+        torch.ones(2)
+    )
+    functional = torch._subclasses.functional_tensor.FunctionalTensor
+    with torch._subclasses.functional_tensor.FunctionalTensorMode():
+        seen.append(functional.to_functional(torch.ones(2)))
+    assert [room.has_values(x) for x in (*seen, torch.ones(2, device="meta"))] == [False] * 3
+    assert room.has_values(nn.Parameter(torch.ones(2)))
+
+
 def test_norm_of_each():
     large = torch.full((3,), 1e4, dtype=torch.float16)
     found = room.norm_of_each([large, torch.ones(4).half()], torch.float64)
@@ -333,6 +392,18 @@ def test_leaves_of():
     assert [leaf for leaf in leaves if leaf is not None] == [1, 2, 3, 4]
     doubled = rebuilt([leaf and leaf * 2 for leaf in leaves])
     assert doubled == {"a": [2, (4, None)], "b": Pair(6, Registered(8))}
+
+
+def test_is_in_backward():
+    seen = []
+
+    def forward(x):
+        seen.append(room.is_in_backward())
+        return x.exp()
+
+    checkpoint(forward, torch.ones(2, requires_grad=True), use_reentrant=False).sum().backward()
+    assert seen == [False, True]
+    assert not room.is_in_backward()
 
 
 def test_after_backward():
@@ -532,6 +603,27 @@ def test_storage_of():
     inside = []
     torch.func.grad(lambda x: (inside.append(room.storage_of(x)), x.sum())[1])(x)
     assert inside[0][0] == address
+
+
+def test_hide_from_script():
+    def own(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return output * 2
+
+    model, x = nn.Sequential(nn.Linear(2, 2)), torch.ones(1, 2)
+    model[0].register_forward_hook(own)
+    for hook in (model.register_forward_hook, model[0].register_forward_pre_hook):
+        hook(room.Hook(print))
+    create = torch.jit._recursive.create_script_module
+    end = room.hide_from_script()
+    scripted = torch.jit.script(model)
+    assert torch.equal(scripted(x), model[0].forward(x) * 2)
+    assert not scripted._forward_hooks
+    assert [len(m._forward_hooks) for m in (model, model[0])] == [1, 1]
+    assert len(model[0]._forward_pre_hooks) == 1
+    end()
+    assert torch.jit._recursive.create_script_module is create
+    with pytest.raises(AttributeError, match="__name__"):
+        torch.jit.script(model)
 
 
 @pytest.mark.parametrize("name", MAY_FAIL)

@@ -45,7 +45,7 @@ class ObservedForward:
         self.thread = threading.get_ident()
         self._wanted, self._histograms, self._ledger = wanted, histograms, ledger
         self._activations: dict[Drawn, Histogram] = {}
-        self._maps: dict[str, list[Tensor]] = {}
+        self._maps: dict[str, list[tuple[int, Tensor]]] = {}
         self._doubts: dict[str, Doubt] = {}
         self._handles: list[RemovableHandle] = []
         self._mode: AttentionMode | None = None
@@ -92,8 +92,7 @@ class ObservedForward:
             readings.forwards = [self._trail.ended(root, output)]
         for path, maps in self._maps.items():
             with ledger.guard(f"attention of {path}"):
-                few = maps if len(maps) <= 4 else [functools.reduce(merge, maps)]
-                for index, sums in enumerate(few):
+                for index, sums in enumerate(_series(maps)):
                     name = f"{path}/{index}" if index else path
                     readings.attention[name] = sums
                     if path in self._doubts:
@@ -105,9 +104,9 @@ class ObservedForward:
             readings.merge(uncertainty_of(output, self._histograms, ledger))
         return readings
 
-    def _map(self, path: str, sums: Tensor, doubt: Doubt | None) -> None:
+    def _map(self, path: str, number: int, sums: Tensor, doubt: Doubt | None) -> None:
         if self._wanted.selected(path):
-            self._maps.setdefault(path, []).append(sums)
+            self._maps.setdefault(path, []).append((number, sums))
             if doubt is not None:
                 self._doubts[path] = doubt
 
@@ -130,3 +129,16 @@ def uncertainty_of(output: Any, histograms: bool, ledger: Ledger) -> Readings:
         ledger.captured("uncertainty", kinds)
         return readings
     return Readings()
+
+
+def _series(maps: list[tuple[int, Tensor]]) -> list[Tensor]:
+    """The maps of one module in their order; of more than four, those of one number are averaged.
+
+    They are numbered within each call. So many are of a loop, or of a compiled stack of layers.
+    """
+    if len(maps) <= 4:
+        return [sums for _, sums in maps]
+    series: dict[int, Tensor] = {}
+    for number, sums in maps:
+        series[number] = merge(series[number], sums) if number in series else sums
+    return [series[number] for number in sorted(series)]

@@ -121,6 +121,11 @@ _KEEPING = {
 }
 
 
+# Higher-order operators that return something before what the operator that they run returns:
+# activation checkpointing and effects in compiled code.
+_BEFORE = {"run_and_save_rng_state": 1, "with_effects": 1}
+
+
 class Role(NamedTuple):
     """What an operator is to attention."""
 
@@ -133,6 +138,7 @@ class Role(NamedTuple):
     is_view: bool = False  # whether what it returns has the storage of what it was given
     decomposes: bool = False  # whether the mode is to see what it is made of instead
     chooses: bool = False  # whether it calls mm or bmm by what it is run in
+    carries: bool = False  # whether it is a higher-order one, which may be given another to run
 
 
 @functools.cache
@@ -142,7 +148,7 @@ def role(func: Any) -> Role:
         return Role(FLEX, dict.fromkeys(_FLEX, ()))
     signature = schema(func)
     if signature is None:
-        return Role()
+        return Role(carries=True)
     namespace, _, name = signature.name.partition("::")
     plain, is_aten = name.rstrip("_"), namespace == "aten"
     is_default = is_aten and not signature.overload_name
@@ -165,3 +171,19 @@ def role(func: Any) -> Role:
         is_view=name in _VIEWS,
         chooses=is_default and name in ("linear", "matmul"),
     )
+
+
+def carried(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> tuple[Any, tuple[Any, ...], dict[str, Any], Any]:
+    """The operator that a higher-order one was given to run, with its own arguments and output.
+
+    Itself, if it was given none.
+    """
+    at = next((at for at, arg in enumerate(args) if schema(arg) is not None), None)
+    if at is None:
+        return func, args, kwargs, output
+    before = _BEFORE.get(func.name())
+    if before is not None:
+        output = output[before] if len(output) == before + 1 else output[before:]
+    return args[at], args[at + 1 :], kwargs, output

@@ -257,9 +257,8 @@ def test_fake_tensors_inside_a_forward_cost_no_other_number(tmp_path):
 
     model, (x, _) = Estimates(), batch(0)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    handle = attach(model, tmp_path, every=1)
-    with pytest.warns(RuntimeWarning, match="attention of root"):
-        model(x).sum().backward()
+    handle = attach(model, tmp_path, every=1, on_error="raise")
+    model(x).sum().backward()
     optimizer.step()
     handle.detach()
     run = read(tmp_path)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .. import checks
 from .dtypes import widened
-from .scores import BLOCKED, row_blocks, score_blocks, seen, take
+from .scores import BELOW_ALL, row_blocks, score_blocks, seen, take
 
 _FAR = -5e3  # a score that far below the largest of its row is one that was hidden
 
@@ -123,25 +123,31 @@ def sums_of_query_key(
 
 
 @torch.no_grad()
-def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | None = None) -> Tensor:
+def sums_of_scores(
+    scores: Tensor,
+    *,
+    keys: slice | None = None,
+    rows: int | None = None,
+    level: Tensor | float = -torch.inf,
+) -> Tensor:
     """The accumulators of one map from the scores `(..., heads, L, S)` of its softmax.
 
-    A key counts as hidden where its score is 5e3 or more below the largest of its row. A row sees
-    no key where all its scores are -1e4 or below and equal: the mask that was added was so large
-    that nothing is left of their differences. Columns outside `keys` are sinks: they take their
-    share of the softmax and are no keys.
+    A key counts as hidden where its score is 5e3 or more below the largest of its row; where it is
+    -1e7 or below; and where half of `level` is above it, which is the largest value that a mask
+    hid keys with. Columns outside `keys` are sinks: they take their share of the softmax and are no
+    keys.
     """
     if scores.is_nested:
-        return reduce(merge, (sums_of_scores(one[None], rows=rows) for one in scores.unbind()))
+        samples = (sums_of_scores(one[None], rows=rows, level=level) for one in scores.unbind())
+        return reduce(merge, samples)
+    half = level / 2
+    hidden = half.clamp(min=BELOW_ALL) if isinstance(half, Tensor) else max(half, BELOW_ALL)
     scores = _with_heads(scores)
     row_size = scores[:, :, 0].numel()
     blocks: list[Tensor] = []
     for at, _ in row_blocks(scores.shape[-2], rows, row_size, scores.device):
         block = scores.index_select(-2, at).to(widened(scores.dtype))  # (B, H, r, S)
-        top, low = block.amax(-1, keepdim=True), block.amin(-1, keepdim=True)
-        # Scores beside -65504, float16's min, may differ by 5e-4 of it; beside others by nothing.
-        swallowed = torch.where(top <= -6e4, 1e-3 * top.abs(), 0)
-        block.masked_fill_((top <= BLOCKED) & (top - low <= swallowed), -torch.inf)
+        block = torch.where(block <= hidden, -torch.inf, block)
         blocks.append(_sums_of_block(block, at, keys=keys))
     return reduce(merge, blocks)
 

@@ -64,7 +64,7 @@ def attach(
 
     | tag | what |
     | --- | --- |
-    | `attention/<statistic>/<module>` | as in `log_attention_stats` |
+    | `attention/<statistic>/<module>` | as in `log_attention_stats`; a learnt sink is no key |
     | `attention/max_logit/<module>` | the largest scaled and masked score |
     | `attention/mean_entropy` | nats, mean over the layers |
     | `attention/head_entropy` | image, layers x heads, at the cadence of histograms |

@@ -121,7 +121,7 @@ def log_attention_stats(
     | tag | what |
     | --- | --- |
     | `attention/entropy/<name>` | nats, mean over batch, heads and rows |
-    | `attention/entropy_normalized/<name>` | entropy / log(visible keys) |
+    | `attention/entropy_normalized/<name>` | 0 to 1: entropy / log(keys that the row sees) |
     | `attention/weight_mean/<name>`, `attention/weight_std/<name>` | of the weights |
     | `attention/weight_max/<name>` | the largest weight |
     | `attention/sink/<name>` | mean weight on key 0 |

@@ -109,7 +109,7 @@ class AttentionMode:
         if isinstance(output, Tensor) and not has_values(output):
             return
         if its.fused is None:
-            return self._provenance.follow(its, args, output)
+            return self._provenance.follow(its, args, kwargs, output)
         given = its.defaults | dict(zip(its.defaults, args, strict=False)) | kwargs
         first = next((value for value in given.values() if isinstance(value, Tensor)), None)
         if first is None or not has_values(first) or not first.numel():

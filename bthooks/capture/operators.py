@@ -124,6 +124,15 @@ _KEEPING = {
 # Higher-order operators that return something before what the operator that they run returns:
 # activation checkpointing and effects in compiled code.
 _BEFORE = {"run_and_save_rng_state": 1, "with_effects": 1}
+# How an operator may hide keys in the scores that it is given, or changes what hid them.
+_MASKING = {
+    **dict.fromkeys(("add", "baddbmm", "addmm", "addbmm"), "added"),
+    **dict.fromkeys(("sub", "subtract"), "taken"),
+    **dict.fromkeys(("mul", "multiply"), "times"),
+    **dict.fromkeys(("div", "divide"), "over"),
+    **dict.fromkeys(("where", "masked_fill", "index_put", "fill", "copy", "masked_scatter"), "put"),
+    **dict.fromkeys(("maximum", "minimum", "max", "min", "clamp", "clamp_min", "clamp_max"), "put"),
+}
 
 
 class Role(NamedTuple):
@@ -134,6 +143,7 @@ class Role(NamedTuple):
     part: str = ""  # of an explicit attention: "product", "softmax", ...
     product: int = 0  # the place of the first factor, if it is a product
     keeps: bool = False  # whether what it makes of scores are scores
+    masking: str = ""  # how it may hide keys in them: "added", "put", ...
     mutates: bool = False  # whether it overwrites an argument
     is_view: bool = False  # whether what it returns has the storage of what it was given
     decomposes: bool = False  # whether the mode is to see what it is made of instead
@@ -167,6 +177,7 @@ def role(func: Any) -> Role:
         part="product" if plain in _PRODUCTS else _PARTS.get(name, ""),
         product=_PRODUCTS.get(plain, 0),
         keeps=torch.Tag.pointwise in func.tags or plain in _KEEPING,
+        masking=_MASKING.get(plain, ""),
         mutates=signature.is_mutable,
         is_view=name in _VIEWS,
         chooses=is_default and name in ("linear", "matmul"),

@@ -11,14 +11,16 @@ made of parameters (Bayesian layers, adapters, weight norms), or the softmax ent
 import enum
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
 from ..measure.attention import sums_of_scores, sums_of_weights
+from ..measure.scores import BLOCKED, hiding_level
 from ..torch_private import storage_of, without_modes
 from .operators import Role
 
@@ -39,6 +41,7 @@ class _Scores:
     width: int  # its last size
     keys: slice | None = None  # the columns that are keys, where others are sinks
     normal: bool = False  # whether their exp is weights: a log_softmax, or a norm was taken off
+    level: Tensor | float = field(default=-math.inf, compare=False)  # the largest that hid a key
 
 
 @dataclass
@@ -75,8 +78,16 @@ class Provenance:
                 if not is_lazy(tensor):
                     self._mark(tensor, mark)
 
-    def follow(self, role: Role, args: tuple[Any, ...], output: Any) -> None:
-        """Take note of an operator of that role that was called with `args`."""
+    def follow(
+        self, role: Role, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Take note of an operator of that role that was called with these arguments."""
+        self._trace(role, args, output)
+        if role.masking and isinstance(output, Tensor):
+            given = args[:1] if role.product else args  # baddbmm adds to a product
+            self._mask(role.masking, given, kwargs.get("alpha", 1), output)
+
+    def _trace(self, role: Role, args: tuple[Any, ...], output: Any) -> None:
         part = role.part
         if part == "product":
             self._product(args[role.product], args[role.product + 1], output)
@@ -129,7 +140,9 @@ class Provenance:
             sums = self._sums_of_weights(output)
         else:
             with without_modes():
-                sums = sums_of_scores(scores.detach(), keys=mark.keys, rows=self._rows)
+                sums = sums_of_scores(
+                    scores.detach(), keys=mark.keys, rows=self._rows, level=mark.level
+                )
         self._mark(output, _Weights(mark.heads, mark.width, sums))
 
     def _sums_of_weights(self, weights: Tensor) -> Tensor | None:
@@ -186,6 +199,28 @@ class Provenance:
         elif not any(tensor.is_nested for tensor in (*tensors, *outputs)):
             self._settle(role, list(zip(tensors, marks, strict=True)), outputs)
 
+    def _mask(self, masking: str, args: Sequence[Any], alpha: float, output: Tensor) -> None:
+        """Note the largest value that hides keys in scores: what is added to them, or put there."""
+        mark = self._of(output)
+        if not isinstance(mark, _Scores) or output.is_nested:
+            return
+        level = mark.level
+        with without_modes(), torch.no_grad():
+            for value in args:
+                if isinstance(value, Tensor):
+                    other = self._of(value)
+                    if isinstance(other, _Scores):
+                        level = _largest(level, other.level)
+                    elif other is not _PARAMETER:
+                        level = _largest(level, _level_of(value, masking, alpha, output.shape[-1]))
+                elif type(value) in (int, float):
+                    if masking == "put" and value <= BLOCKED:
+                        level = _largest(level, value)
+                    elif masking in ("times", "over") and value > 0:
+                        level = level * (value if masking == "times" else 1 / value)
+        if level is not mark.level:
+            self._mark(output, replace(mark, level=level))
+
     def _settle(
         self, role: Role, given: list[tuple[Tensor, _Mark | None]], outputs: list[Tensor]
     ) -> None:
@@ -207,6 +242,22 @@ class Provenance:
     def _mark(self, tensor: Tensor, mark: _Mark | None) -> None:
         if (found := storage_of(tensor)) is not None:
             self._marks[found[0]] = StorageWeakRef(found[1]), mark
+
+
+def _level_of(mask: Tensor, masking: str, alpha: float, keys: int) -> Tensor | float:
+    """The largest in `mask` that hides one of so many keys where it is added, taken off or put."""
+    is_for_each = mask.dim() > 0 and mask.shape[-1] == keys  # else it is the same for all
+    sign = {"added": alpha * is_for_each, "taken": -alpha * is_for_each, "put": 1}.get(masking, 0)
+    if not sign or not mask.numel():
+        return -math.inf
+    mask = mask if sign == 1 else mask * sign
+    return hiding_level(mask) if mask.is_floating_point() else -math.inf
+
+
+def _largest(one: Tensor | float, other: Tensor | float) -> Tensor | float:
+    if isinstance(one, Tensor):
+        return one.clamp(min=other)
+    return other.clamp(min=one) if isinstance(other, Tensor) else max(one, other)
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from .. import checks
 from .dtypes import widened
-from .scores import BLOCKED, row_blocks, score_blocks, seen, take
+from .scores import BELOW_ALL, row_blocks, score_blocks, seen, take
 
+_ROUNDED = 0.02  # so far from 1 is the sum of weights in bfloat16 at most
 _FAR = -5e3  # a score that far below the largest of its row is one that was hidden
 
 
@@ -31,7 +32,7 @@ class Columns(NamedTuple):
     keys: Tensor  # that a row sees
     branching: Tensor  # rows that see two keys or more
     entropy: Tensor  # nats
-    normalized: Tensor  # entropy / log(keys that the row sees), of branching rows
+    normalized: Tensor  # spread / log(keys that the row sees), of branching rows
     cells: Tensor  # weights, hidden ones too
     weight: Tensor
     squares: Tensor  # of the weights
@@ -63,7 +64,7 @@ def attention_stats(weights: Tensor) -> dict[str, Tensor]:
     | name | what |
     | --- | --- |
     | `entropy` | nats, mean over batch and rows: -sum(w log w), 0 log 0 = 0 |
-    | `entropy_normalized` | entropy / log(visible keys), over rows that see at least two |
+    | `entropy_normalized` | entropy / log(visible keys) of rows that see two, made to sum to 1 |
     | `weight_mean`, `weight_std`, `weight_max` | of all weights |
     | `sink` | mean weight on key 0 |
     | `dead_rows` | fraction of rows that see no key |
@@ -89,13 +90,16 @@ def sums_of_weights(weights: Tensor, rows: int | None = None) -> Tensor:
     for at, _ in row_blocks(weights.shape[-2], rows, row_size, weights.device):
         w = take(weights, at).to(widened(weights.dtype))
         w = torch.where(w.sum(-1, keepdim=True) > 0, w, 0)  # (B, H, r, S); 0 instead of NaN too
+        entropy, weight = torch.special.entr(w).sum(-1), w.sum(-1)
+        is_whole = (weight - 1).abs() < _ROUNDED
         block = _accumulators(
             w,
             at,
             visible=torch.gt(w, 0, out=torch.empty_like(w)).sum(-1),
             width=w.shape[-1],
-            entropy=torch.special.entr(w).sum(-1),
-            weight=w.sum(-1),
+            entropy=entropy,
+            spread=torch.where(is_whole, entropy, entropy / weight + weight.log()),
+            weight=weight,
             weight_max=w.amax(-1),
             logit_max=torch.full_like(w[..., 0], -torch.inf),
         )
@@ -123,25 +127,31 @@ def sums_of_query_key(
 
 
 @torch.no_grad()
-def sums_of_scores(scores: Tensor, *, keys: slice | None = None, rows: int | None = None) -> Tensor:
+def sums_of_scores(
+    scores: Tensor,
+    *,
+    keys: slice | None = None,
+    rows: int | None = None,
+    level: Tensor | float = -torch.inf,
+) -> Tensor:
     """The accumulators of one map from the scores `(..., heads, L, S)` of its softmax.
 
-    A key counts as hidden where its score is 5e3 or more below the largest of its row. A row sees
-    no key where all its scores are -1e4 or below and equal: the mask that was added was so large
-    that nothing is left of their differences. Columns outside `keys` are sinks: they take their
-    share of the softmax and are no keys.
+    A key counts as hidden where its score is 5e3 or more below the largest of its row; where it is
+    -1e7 or below; and where half of `level` is above it, which is the largest value that a mask
+    hid keys with. Columns outside `keys` are sinks: they take their share of the softmax and are no
+    keys.
     """
     if scores.is_nested:
-        return reduce(merge, (sums_of_scores(one[None], rows=rows) for one in scores.unbind()))
+        samples = (sums_of_scores(one[None], rows=rows, level=level) for one in scores.unbind())
+        return reduce(merge, samples)
+    half = level / 2
+    hidden = half.clamp(min=BELOW_ALL) if isinstance(half, Tensor) else max(half, BELOW_ALL)
     scores = _with_heads(scores)
     row_size = scores[:, :, 0].numel()
     blocks: list[Tensor] = []
     for at, _ in row_blocks(scores.shape[-2], rows, row_size, scores.device):
         block = scores.index_select(-2, at).to(widened(scores.dtype))  # (B, H, r, S)
-        top, low = block.amax(-1, keepdim=True), block.amin(-1, keepdim=True)
-        # Scores beside -65504, float16's min, may differ by 5e-4 of it; beside others by nothing.
-        swallowed = torch.where(top <= -6e4, 1e-3 * top.abs(), 0)
-        block.masked_fill_((top <= BLOCKED) & (top - low <= swallowed), -torch.inf)
+        block = torch.where(block <= hidden, -torch.inf, block)
         blocks.append(_sums_of_block(block, at, keys=keys))
     return reduce(merge, blocks)
 
@@ -170,19 +180,23 @@ def _sums_of_block(
     largest = p.amax(-1)  # (B, H, r)
     log_norm = -largest.log()  # of the largest weight, which is exp(0) / norm
     logit, weight = top[..., 0], torch.ones_like(largest)
+    spread: Tensor | None = None
     if keys is not None:
         z, p = z[..., keys], p[..., keys]
         logit, weight, largest = logit + z.amax(-1), p.sum(-1), p.amax(-1)
+        # Not from p: a sink may leave so little that it is 0.
+        spread = torch.special.entr((z - z.amax(-1, keepdim=True)).softmax(-1)).sum(-1)
     if visible is None:
         visible = seen(F.threshold(z, _FAR, -torch.inf))
     # log Z - E[z] with z = score - max: no cancellation of large scores, as lse - E[score] has.
-    entropy = weight * log_norm - z.clamp_(min=-1e4).mul_(p).sum(-1)
+    entropy = (weight * log_norm - z.clamp_(min=-1e4).mul_(p).sum(-1)).clamp_(min=0)
     return _accumulators(
         p,
         at,
         visible=visible,
         width=width or p.shape[-1],
-        entropy=entropy.clamp_(min=0),
+        entropy=entropy,
+        spread=entropy if spread is None else spread,
         weight=weight,
         weight_max=largest,
         logit_max=logit,
@@ -194,7 +208,8 @@ def _accumulators(
 ) -> Tensor:
     """The accumulators of the weights `(batch, heads, rows, key)` of the rows `at`.
 
-    They see `visible` of `width` keys, dead ones 0; `of_rows`: their entropy, weight and maxima.
+    They see `visible` of `width` keys, dead ones 0; `of_rows`: their entropy, weight, maxima, and
+    `spread`: their entropy once their weights are made to sum to 1, as beside a sink they do not.
     """
     # A row at an end of the map has its own key for a neighbour.
     near = torch.stack([at - 1, at + 1], dim=-1).clamp(0, weights.shape[-1] - 1)  # (r, 2)
@@ -203,7 +218,7 @@ def _accumulators(
     alive, branching = visible > 0, visible > 1
     share = torch.where(branching, visible.clamp(min=2).log().reciprocal(), 0)
     of_rows |= {
-        "normalized": of_rows["entropy"] * share,
+        "normalized": (of_rows.pop("spread") * share).clamp(0, 1),  # float32 rounds
         "squares": torch.linalg.vector_norm(weights, dim=-1).square(),
         "first": weights[..., 0],
         "before": before,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .dtypes import widened
 
-BLOCKED = -1e4  # an added mask at or below it hides the key: float16's minimum is -65504
+BLOCKED = -1e4  # a mask at or below it hides the key: float16's minimum is -65504
+BELOW_ALL = -1e7  # no score is as low, whatever it is made of
 _GOLDEN = 2654435769  # 2 ** 32 / golden ratio
 _BLOCK = {"cpu": 1 << 21}  # scores held at a time, over batch and heads: what a cache holds
 
@@ -80,11 +81,22 @@ def _bias(mask: Tensor, at: Tensor, column: Tensor, is_causal: bool, dtype: torc
     """What is added to the scores of the rows `at`: -inf where a key is not seen."""
     part = mask[..., : len(column)]
     part = part if part.shape[-2] == 1 else take(part, at)
-    hidden = ~part if part.dtype == torch.bool else part <= BLOCKED
+    hidden = ~part if part.dtype == torch.bool else part <= hiding_level(part).clamp(min=BELOW_ALL)
     if is_causal:
         hidden = hidden | (column > at[:, None])
     bias = torch.zeros_like(part, dtype=dtype) if part.dtype == torch.bool else part.to(dtype)
     return torch.where(hidden, -torch.inf, bias)
+
+
+def hiding_level(mask: Tensor) -> Tensor:
+    """The largest value in what is added to scores that hides a key, 0-d; -inf if none does.
+
+    It is -1e4 or below, and what is above it is far above: else it is a bias that goes on, as that
+    of ALiBi at long range does.
+    """
+    level = torch.where(mask <= BLOCKED, mask, -torch.inf).amax()
+    goes_on = (mask > 0.95 * level) & (mask < 0.5 * level)
+    return torch.where(goes_on.any(), -torch.inf, level).to(widened(mask.dtype))
 
 
 def take(values: Tensor, at: Tensor) -> Tensor:

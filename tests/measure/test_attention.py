@@ -210,6 +210,44 @@ def reference_of_scores(scores):
     return {"entropy": rows.mean().item(), "entropy_normalized": normalized, "dead_rows": 0.0}
 
 
+@given(
+    st.integers(1, 5),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([-300.0, -3.0, 0.0, 3.0, 60.0, 300.0]),
+    st.sampled_from([0.0, 1.0, 8.0]),
+    st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_beside_a_learnt_sink_the_keys_are_normalized_among_themselves(
+    keys, dtype, sink, peak, is_first
+):
+    """Two keys that a sink leaves 2/e of the weight have an entropy of 1.06 log(2)."""
+    scores = (torch.randn(2, 3, keys, keys) * peak).to(dtype)
+    scores += torch.full((keys, keys), -torch.inf, dtype=dtype).triu(1)
+    sinks = torch.full((2, 3, keys, 1), sink, dtype=dtype)
+    beside = torch.cat([sinks, scores] if is_first else [scores, sinks], -1)
+    among = slice(1, None) if is_first else slice(0, keys)
+    found = whole(sums_of_scores(beside, keys=among))
+    expected = reference_of_scores(scores.double())["entropy_normalized"] if keys > 1 else None
+    assert found.get("entropy_normalized") == pytest.approx(expected, abs=1e-5)
+    assert found.get("entropy_normalized", 0) <= 1
+    weights = beside.double().softmax(-1)[..., among]
+    assert found["entropy"] == pytest.approx(
+        torch.special.entr(weights).sum(-1).mean().item(), abs=1e-5
+    )
+    if sink < 60:  # else float32 leaves them nothing; a sum within 0.02 of 1 is left as it is
+        stats = attention_stats(weights.float())["entropy_normalized"]
+        assert stats.mean().item() == pytest.approx(expected or math.nan, abs=0.03, nan_ok=True)
+
+
+@pytest.mark.parametrize("keys", [2, 3, 7, 1000])
+def test_equal_weights_are_never_above_one(keys):
+    for sums in (sums_of_scores(torch.zeros(2, 2, 9, keys)), sums_of_weights(torch.full(
+        (2, 2, 9, keys), 1 / keys)), sums_of_query_key(torch.zeros(2, 2, 9, 4), torch.zeros(
+        2, 2, keys, 4))):  # fmt: skip
+        assert 1 - 1e-6 < whole(sums)["entropy_normalized"] <= 1
+
+
 def test_one_hot_rows_have_entropy_zero_in_every_dtype():
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         stats = attention_stats(torch.eye(4, dtype=dtype).expand(1, 2, 4, 4))

@@ -133,7 +133,7 @@ def attach(
                 stacklevel=2,
             )
     ledger = Ledger(strict=on_error == "raise")
-    schedule = Schedule(step, (every, histograms_every), ledger.failed)
+    schedule = Schedule(step, (every, histograms_every), ledger.failed, model.training)
     output = Output(target)
     if is_folder:
 

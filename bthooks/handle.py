@@ -42,7 +42,7 @@ class Handle:
 
     def advance(self) -> None:
         """Say, after it, that an optimizer stepped that is no `torch.optim.Optimizer`."""
-        self._wiring.count(None)
+        self._wiring.count()
 
     def flush(self) -> None:
         """Write to the disk what was measured so far, also of a step that is not over."""

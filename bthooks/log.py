@@ -14,7 +14,7 @@ from .measure.calibration import calibration_bins, calibration_of, error_by_chan
 from .measure.figures import Figures, figures_of
 from .measure.gradients import gradient_norms
 from .measure.histograms import histogram
-from .measure.readings import Drawn, Readings, learning_rates, parameter_histograms, uncertainties
+from .measure.readings import Drawn, Readings, parameter_histograms, rates_of, uncertainties
 from .measure.sharded import is_sharded
 from .names import parameter_names, tag
 from .record.backend import write
@@ -63,7 +63,9 @@ def log_learning_rate(
         raise TypeError(
             f"log_learning_rate: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
         )
-    event = _event(Readings(learning_rates=learning_rates(optimizer)))
+    readings = Readings()
+    readings.take_rates(rates_of(optimizer))
+    event = _event(readings)
     _write("log_learning_rate", writer, event, step, prefix)
 
 

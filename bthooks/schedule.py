@@ -3,13 +3,13 @@
 What happens comes in as events, in the order in which a training loop makes them; out come the
 decisions: observe this forward, measure this optimizer's step, write what waits. A step begins at
 an optimizer's step, and again when an optimizer steps that already stepped in it; so K
-micro-batches, or two optimizers side by side, are one. A forward runs before we know whether the
-step that it belongs to is logged, hence the cadence is asked one step ahead.
+micro-batches, or two optimizers side by side, are one. All that step within one backward pass are
+one step too. A forward runs before we know whether the step that it belongs to is logged, hence
+the cadence is asked one step ahead.
 """
 
 import operator
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 Cadence = int | Callable[[int], bool]
@@ -33,10 +33,15 @@ class Slot(NamedTuple):
     validation: bool = False
 
 
+BY_HAND = -1  # the number of an optimizer that is told by hand
+
+
 class Schedule:
     """The steps of one attachment, of which the `first` is always logged.
 
-    Where one of the cadences, of scalars and of histograms, raises, `failed` is called.
+    Where one of the cadences, of scalars and of histograms, raises, `failed` is called. A model
+    that `trains` before any step, one in training mode, is validated by eval forwards; of another
+    they are inference, a step each. Optimizers are known by their numbers.
     """
 
     def __init__(
@@ -44,8 +49,11 @@ class Schedule:
         first: int,
         cadences: tuple[Cadence, Cadence],
         failed: Callable[[str, Exception], None],
+        trains: bool = False,
     ) -> None:
         self._cadences, self._failed = cadences, failed
+        self._trains = trains
+        self.forwards = 0  # training forwards before any step
         start = {"step": first, "rounds": 0, "evaluated": 0, "inferences": 0, "last_eval": -1}
         self.load_state_dict(start)
 
@@ -59,81 +67,101 @@ class Schedule:
         self._first = None if self.steps or self._inferences else self._next
         self.due = _NEVER  # at the step that has begun
         self._due_next = self._due_at(self._next)
-        # The optimizers that stepped in this step; weakly, since one that is replaced is gone.
-        # `self` is among them for one that is told by hand.
-        self.stepped: weakref.WeakSet[object] = weakref.WeakSet()
+        self._stepped: set[int] = set()  # the optimizers that stepped in this step
+        self._backward: int | None = None  # the backward pass within which they did
+        self._is_fresh = False  # whether a training forward ran since this step began
         self.observes = any(self._due_next)  # the next training forward
         self.watches = self._due_next.scalars  # the gradients at the next backward pass's end
+        self.is_near = self.observes  # whether this step is logged, or the next one
 
     @property
     def step(self) -> int:
         """The number of the next step: `first` and the steps begun since."""
         return self._next + (0 if self.steps else self._inferences)
 
+    @property
+    def trains(self) -> bool:
+        """Whether eval forwards are a validation pass; before, they are inference."""
+        return self._trains or self.steps > 0
+
     def training_forward(self) -> Slot | None:
-        """A forward in training mode: its readings belong to the optimizer step that follows."""
+        """A training forward: its readings belong to the optimizer step that follows."""
+        self._trains = self._is_fresh = True
+        self.forwards += not self.steps
         if not self.observes:
             return None
         return Slot(self._next, Due(*map(operator.or_, self.due, self._due_next)))
 
-    def no_grad_forward(self) -> Slot | None:
-        """A forward in training mode without grad; before any step it is inference."""
-        return self.training_forward() if self.steps else self.eval_forward()
-
     def eval_forward(self) -> Slot | None:
-        """A forward in eval mode, the first after a step; before any, inference: a step each."""
-        if self.steps and self._validated:
+        """An eval forward, the first of a validation pass; before training, inference."""
+        if not self.trains:
+            return Slot(self.step, self._due_at(self.step), validation=True)
+        if self._validated:
             return None
-        step = self._next - 1 if self.steps else self.step
-        due = Due(True, self.due.histograms) if self.steps else self._due_at(step)
-        return Slot(step, due, validation=True)
+        due = self.due if self.steps else self._due_next
+        return Slot(self._done(), Due(True, due.histograms), validation=True)
 
     def validated(self, slot: Slot) -> Slot:
         """The eval forward that goes to `slot` has ended well: where it really goes.
 
         Never to the step of an earlier one: inference before training may have run ahead of it.
         """
-        step = self._next - 1 if self.steps else self.step
+        step = self._done() if self.trains else self.step
         self._last_validation = max(step, self._last_validation + 1)
-        if self.steps:
+        if self.trains:
             self._validated = True
         else:
             self._inferences += 1
         return slot._replace(step=self._last_validation)
 
+    def _done(self) -> int:
+        """The step just done; before any, the first."""
+        return self._next - 1 if self.steps else self._next
+
     def moved_unseen(self) -> None:
         """The parameters change, and no optimizer is seen: no training forward has a step."""
         self.observes = False
 
-    def begins_step(self, optimizer: object | None, again: bool = False) -> bool:
-        """Whether a step of `optimizer`, None if told by hand, begins one of ours.
+    def begins_step(self, numbers: Collection[int], backward: int | None = None) -> bool:
+        """Whether an optimizer's step begins one of ours.
 
-        `again`: it holds a parameter of another that has stepped.
+        Args:
+            numbers: its own, and those of others that hold a parameter of it: which it replaces.
+            backward: the backward pass within which it steps.
         """
-        return not self.stepped or again or (optimizer or self) in self.stepped
+        again = not self._stepped.isdisjoint(numbers)
+        if backward is not None and self._stepped:
+            return backward != self._backward and (again or self._is_fresh)
+        return again or not self._stepped
 
-    def optimizer_begins(self, optimizer: object, again: bool = False) -> Due:
+    def optimizer_begins(self, numbers: Collection[int], backward: int | None = None) -> Due:
         """An optimizer's step begins: what is due at the step that it belongs to."""
-        return self._due_next if self.begins_step(optimizer, again) else self.due
+        return self._due_next if self.begins_step(numbers, backward) else self.due
 
     def optimizer_ends(
-        self, optimizer: object | None, again: bool = False, known: int = 0
+        self, number: int, begins: bool, backward: int | None = None, known: int = 0
     ) -> Slot | None:
-        """An optimizer's step, of `known` ones, has ended: the slot of the step, if one begins."""
-        begins = self.begins_step(optimizer, again)
+        """An optimizer's step, of `known` ones, has ended: the slot of the step that `begins`."""
         if begins:
-            self.stepped.clear()
+            self._stepped.clear()
+            self._is_fresh = False
             self.steps += 1
             self._next += 1
             self.due, self._due_next = self._due_next, self._due_at(self._next)
-        self.stepped.add(optimizer or self)
-        self._validated = False
+        self._stepped.add(number)
+        self._backward, self._validated = backward, False
         # Another optimizer may step in this step: what it is given belongs to it too. In the first
         # step the others are not known yet.
-        more = any(self.due) and len(self.stepped) < known
+        is_due = any(self.due)
+        more = is_due and len(self._stepped) < known
         self.observes = any(self._due_next) or more
+        self.is_near = is_due or self.observes
         self.watches = self._due_next.scalars or (self.due.scalars and (more or self.steps == 1))
-        return Slot(self._next - 1, self.due) if begins and any(self.due) else None
+        return Slot(self._next - 1, self.due) if begins and is_due else None
+
+    def optimizer_is_gone(self, number: int) -> None:
+        """One that replaces it begins a step."""
+        self._stepped.discard(number)
 
     def flush(self) -> Slot | None:
         """Where the forwards since the last step go now; None: to the step that has begun."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import optimizer
+from torch.utils.hooks import RemovableHandle
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -67,10 +68,14 @@ def calls_on_stack(module: nn.Module) -> int:
     return sum(frame.f_code is call and frame.f_locals["self"] is module for frame in _frames())
 
 
-def steps_on_stack() -> bool:
-    """Whether an optimizer's step runs in this thread, or torch's hooks around it.
-    Nothing public tells. All run in `torch.optim.optimizer`, torch <= 2.11. Elsewhere: False."""
-    return any(frame.f_globals is vars(optimizer) for frame in _frames())
+def steps_on_stack() -> int:
+    """How many optimizers' steps run in this thread, each within the one before.
+    Nothing public tells. All run in a `wrapper` of `torch.optim.optimizer`, with torch's hooks
+    around them, torch <= 2.11. Renamed or elsewhere: 0."""
+    return sum(
+        frame.f_globals is vars(optimizer) and frame.f_code.co_name == "wrapper"
+        for frame in _frames()
+    )
 
 
 def is_running(function: Callable[..., Any]) -> bool:
@@ -102,12 +107,17 @@ def scaler_state(scaler: GradScaler) -> tuple[Tensor, Tensor, float]:
     return scale, clean, scaler._init_scale
 
 
+def is_captured() -> bool:
+    """Whether what runs is recorded into a CUDA graph: public, torch <= 2.11; on the CPU never."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 @_private
 def is_traced() -> bool:
     """Whether what runs is traced into a graph, of which ours must not become a part.
     `torch.compiler.is_compiling` does not know `make_fx` and fake tensors. `_get_dispatch_mode` and
     `_TorchDispatchModeKey`, torch <= 2.11. Renamed: an error."""
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if is_captured():
         return True
     keys = torch._C._TorchDispatchModeKey
     modes = (torch._C._get_dispatch_mode(key) for key in (keys.FAKE, keys.PROXY))
@@ -283,6 +293,14 @@ def storage_of(tensor: Tensor) -> tuple[int, torch.UntypedStorage] | None:
     return storage._cdata, storage
 
 
+def backward_pass() -> int | None:
+    """The number of the backward pass that runs in this thread.
+    Nothing public tells. `_current_graph_task_id`, torch <= 2.11. Renamed: an error. Not behind
+    `_private`: it is asked at each step of each optimizer."""
+    number = torch._C._current_graph_task_id()
+    return None if number == -1 else number
+
+
 @_private
 def after_backward(callback: Callable[[], None], former: int | None) -> int:
     """Call `callback` at the end of the backward pass that runs in this thread, once: its number.
@@ -294,6 +312,27 @@ def after_backward(callback: Callable[[], None], former: int | None) -> int:
         engine = torch.autograd.Variable._execution_engine
         engine.queue_callback(functools.partial(engine.queue_callback, callback))
     return number
+
+
+@_private
+def hook_first(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call `hook` once the gradient of `parameter` is accumulated, before all that are called then.
+    Publicly hooks are called in the order in which they are registered: an optimizer that steps in
+    one may have freed the gradient. `_post_accumulate_grad_hooks`, torch <= 2.11. Renamed: an
+    error."""
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)
+    hooks: Any = parameter._post_accumulate_grad_hooks
+    for other in [key for key in hooks if key != handle.id]:
+        hooks[other] = hooks.pop(other)  # torch reads it as a dict: move_to_end changes nothing
+    return handle
+
+
+@_private
+def is_hooked_by_others(parameter: Tensor) -> bool:
+    """Whether other hooks than one are called once the gradient of `parameter` is accumulated.
+    As `hook_first`, torch <= 2.11."""
+    hooks: Any = parameter._post_accumulate_grad_hooks
+    return len(hooks) > 1
 
 
 class Hook:

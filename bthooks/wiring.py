@@ -9,10 +9,11 @@ import sys
 import threading
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
@@ -22,25 +23,29 @@ from torch.optim.optimizer import (
 from torch.utils.data import get_worker_info
 from torch.utils.hooks import RemovableHandle
 
-from .capture.forward import ObservedForward
+from .capture.forward import ObservedForward, uncertainty_of
 from .capture.gradients import Gradients
-from .capture.optimizers import Optimizers, Probe
+from .capture.optimizers import Known, Optimizers, Probe
 from .capture.wanted import Wanted
 from .measure.readings import Readings
 from .measure.uncertainty import mc_dropout
 from .record.recorder import Pending, Recorder
 from .record.transfer import Transfer
 from .report import Ledger
-from .schedule import Schedule, Slot
+from .schedule import BY_HAND, Schedule, Slot
 from .torch_private import (
     Hook,
+    backward_pass,
     calls_on_stack,
+    is_captured,
     is_running,
     is_traced,
     steps_on_stack,
     without_modes,
 )
 from .unseen import say_absent
+
+_PATIENCE = 100  # training forwards without a step before it is said
 
 
 class Wiring:
@@ -58,10 +63,12 @@ class Wiring:
         self.wanted, self.schedule = wanted, schedule
         self.recorder, self.ledger = recorder, ledger
         self.calls = 0  # forwards of the model
-        self._optimizers, self._gradients = Optimizers(), Gradients(wanted, ledger)
+        self._optimizers = Optimizers(schedule.optimizer_is_gone)
+        self._gradients = Gradients(wanted, ledger)
         self._probe, self._changes, self._moves = Probe(), deque[Transfer](), 0
-        self._pool = Readings()  # of the training forwards since the last optimizer step
+        self._pool: Readings | None = None  # of the training forwards since the last step
         self._step: Pending | None = None  # the step that has begun, if it is logged
+        self._validation: Pending | None = None  # the pass that goes on
         self._forward: ObservedForward | None = None  # the one that runs
         self._slot: Slot | None = None  # where its readings go
         self._depth = 0  # calls of the root inside its own forward
@@ -80,6 +87,7 @@ class Wiring:
             _hooks.append(register_optimizer_step_pre_hook(_before_step))
             _hooks.append(register_optimizer_step_post_hook(_after_step))
         self._watch()
+        self._changed(model)
 
     def is_here(self) -> bool:
         """Whether this is the process that writes: a forked child has the hooks alone."""
@@ -94,16 +102,16 @@ class Wiring:
 
     def flush(self) -> None:
         """Hand over all that was observed, also of a step that is not over, and write it."""
-        pool, self._pool = self._pool, Readings()
-        if (slot := self.schedule.flush()) is not None:
+        pool, self._pool, self._validation = self._pool, None, None
+        if pool is not None and (slot := self.schedule.flush()) is not None:
             self.recorder.add(Pending(slot.step, *slot.due, readings=pool))
-        elif self._step is not None:
+        elif pool is not None and self._step is not None:
             self._step.readings.merge(pool)
         self.recorder.flush(self._step)  # in which another optimizer may still step
 
     def resume(self) -> None:
         """The schedule goes on elsewhere: no step has begun."""
-        self._step = None
+        self._step = self._validation = None
 
     def off(self) -> None:
         """Take everything off the model, the optimizers and torch; write what is left."""
@@ -118,9 +126,11 @@ class Wiring:
                 hook.remove()
             _hooks.clear()
         self._gradients.unwatch()
+        self._gradients.ended()
         self._close_forward()
         self.flush()
         self._say_absent()
+        self._say_unseen()
         self._step = None
 
     def _before_forward(self, root: nn.Module, *given: Any) -> None:
@@ -136,9 +146,14 @@ class Wiring:
                 self._depth += 1
                 return
             self._close_forward()  # KeyboardInterrupt skips the hook that closes it
-        schedule, in_grad = self.schedule, torch.is_grad_enabled()
-        training = schedule.training_forward if in_grad else schedule.no_grad_forward
-        slot = training() if root.training else schedule.eval_forward()
+        if not root.training:
+            slot = self.schedule.eval_forward()
+        elif torch.is_grad_enabled():
+            slot = self.schedule.training_forward()
+            if self.schedule.forwards == _PATIENCE:
+                self._say_no_step()
+        else:
+            return  # a rollout, a reference pass: it belongs to no step
         if slot is None or not self.is_on:  # the cadence, which is the user's, has detached
             return
         with self.ledger.guard("forward"):
@@ -151,14 +166,16 @@ class Wiring:
                 due = slot.due._asdict()
                 self._forward = ObservedForward(root, given, self.wanted, **due, ledger=self.ledger)
             if not slot.validation and slot.due.scalars:
+                self._gradients.forget_names()
                 self._gradients.watch(root)
 
     def _after_forward(self, root: nn.Module, args: Any, output: Any) -> None:
         """The hook that is called even when the forward of `root` raised."""
         forward, slot = self._forward, self._slot
-        if forward is None or slot is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or root is not self.root() or not self.is_here():
             return
-        if root is not self.root() or forward.thread != threading.get_ident():
+        if forward is None or slot is None or forward.thread != threading.get_ident():
+            self._validate_further(root, output)
             return
         if self._depth:
             self._depth -= 1
@@ -170,13 +187,33 @@ class Wiring:
                 self._after.remove()
             elif sys.exc_info()[1] is handled:  # else it raised: not a whole forward
                 readings = forward.readings(root, output)
-                if not slot.validation:
+                if slot.validation:
+                    self._validated(slot, readings)
+                elif self._pool is None:
+                    self._pool = readings
+                else:
                     self._pool.merge(readings)
-                    return
-                if not self.schedule.steps:
-                    self.recorder.send()
-                slot = self.schedule.validated(slot)
-                self.recorder.add(Pending(slot.step, *slot.due, prefix="val", readings=readings))
+
+    def _validated(self, slot: Slot, readings: Readings) -> None:
+        """The first forward of a validation pass has ended, or one of inference."""
+        slot = self.schedule.validated(slot)
+        pending = Pending(slot.step, *slot.due, prefix="val", readings=readings)
+        if self.schedule.trains:
+            self._validation = pending
+        else:
+            self.recorder.send()
+        self.recorder.add(pending)
+
+    def _validate_further(self, root: nn.Module, output: Any) -> None:
+        """A further forward of a validation pass has ended: its uncertainty counts."""
+        validation = self._validation
+        if validation is None or root.training or "uncertainty" not in self.wanted.kinds:
+            return
+        if is_running(mc_dropout) or is_traced() or calls_on_stack(root) > 1:
+            return
+        further = uncertainty_of(output, validation.histograms, self.ledger)
+        with self.ledger.guard("uncertainty"):
+            validation.readings.merge(further)
 
     def _close_forward(self) -> None:
         """Close the forward that is observed in this thread."""
@@ -188,9 +225,9 @@ class Wiring:
         """Whether the parameters change, twice at least, and no optimizer is seen: said once."""
         if self.schedule.steps:
             return False
-        with without_modes():
-            if (changed := self._probe.changed(root)) is not None:
-                self._changes.append(Transfer([changed]))
+        changed = self._changed(root)
+        if changed is not None and self.schedule.forwards > 1:  # else a checkpoint was loaded
+            self._changes.append(Transfer([changed]))
         while self._changes and self._changes[0].is_done():
             self._moves += bool(self._changes.popleft().result()[0])
         # LBFGS moves them too, between the calls of its closure.
@@ -198,52 +235,95 @@ class Wiring:
             return False
         self.ledger.warn_once(
             "optimizer",
-            "the parameters change, but no torch.optim.Optimizer that holds them has stepped: "
-            "call handle.advance() after each step",
+            "the parameters change, but no torch.optim.Optimizer that holds them was seen to step, "
+            "as where its step is compiled: call handle.advance() after each step",
         )
         self.schedule.moved_unseen()
         return True
 
-    def optimizer_begins(self, optimizer: Optimizer) -> None:
-        """A step of `optimizer`, which may be another model's, begins."""
-        root = self.root()
-        if root is not None and "updates" in self.wanted.kinds and self.is_seen(optimizer):
-            again = self._optimizers.share(optimizer, self.schedule.stepped)
-            if self.schedule.optimizer_begins(optimizer, again).scalars:
-                self._gradients.remember(root, optimizer)
+    def _changed(self, root: nn.Module) -> Tensor | None:
+        """Whether a parameter is another than at the last call, 0-d; None if that can't be told."""
+        with self.ledger.guard("parameters"), without_modes():
+            return None if is_traced() else self._probe.changed(root)
+        return None
 
-    def count(self, optimizer: Optimizer | None) -> None:
-        """An optimizer has stepped; None is one that torch tells nothing of."""
-        schedule = self.schedule
-        again = self._optimizers.share(optimizer, schedule.stepped)
-        begins = schedule.begins_step(optimizer, again)
+    def optimizer_begins(self, optimizer: Optimizer, is_outermost: bool) -> None:
+        """A step of `optimizer`, which may be another model's, begins."""
+        if not self.schedule.is_near:
+            return
+        if is_outermost:
+            self._gradients.ended()
+        known, root = self._find(optimizer), self.root()
+        if known is None or root is None:
+            return
+        backward = backward_pass()
+        due = self.schedule.optimizer_begins(known.numbers(), backward)
+        if any(due):
+            if is_outermost and backward is None:
+                self._gradients.forget_names()
+            self._gradients.begins(root, optimizer, **due._asdict())
+
+    def optimizer_ended(
+        self, optimizer: Optimizer, inside: list[Optimizer], is_outermost: bool
+    ) -> None:
+        """A step of `optimizer` has ended, in which those `inside` have stepped."""
+        known = self._find(optimizer)
+        if inside:
+            if known is not None:
+                known.wraps = True
+            found = [self._find(each) for each in dict.fromkeys(inside)] if is_outermost else []
+            if stepped := [each for each in found if each is not None]:
+                self.count(stepped)
+        elif known is not None:
+            self._gradients.stepped(optimizer)
+            if is_outermost and not known.wraps:  # else it has not stepped what it wraps
+                self.count([known])
+
+    def count(self, stepped: Sequence[Known] = ()) -> None:
+        """Optimizers have stepped together; none: it is told by hand."""
+        schedule, optimizers, backward = self.schedule, self._optimizers, backward_pass()
+        numbers = [n for known in stepped for n in known.numbers()] if stepped else [BY_HAND]
+        begins = schedule.begins_step(numbers, backward)
         if begins:
             self._close_forward()
             if schedule.steps == 1:
                 self._say_absent()
             self.recorder.send()
-            self._step = None
-        slot = schedule.optimizer_ends(optimizer, again, known=len(self._optimizers))
+            self._step = self._validation = None
+            self._gradients.forget_names()
+            optimizers.forget()
+        first, *others = map(optimizers.number, stepped) if stepped else (BY_HAND,)
+        slot = schedule.optimizer_ends(first, begins, backward, optimizers.count)
+        for number in others:
+            schedule.optimizer_ends(number, False, backward, optimizers.count)
         if not self.is_on:  # the cadence has detached
             return
         if slot is not None:
             self._step = Pending(slot.step, *slot.due, stepped=True)
             self.recorder.add(self._step)
-        pool, self._pool = self._pool, Readings()
+        if self._step is not None or self._pool is not None:
+            self._measure(stepped, begins, backward)
+        if schedule.watches != self._gradients.is_watching:
+            self._watch()
+
+    def _measure(self, stepped: Sequence[Known], begins: bool, backward: int | None) -> None:
+        pool, self._pool = self._pool, None
         root, step = self.root(), self._step  # which another thread may end
-        if step is not None and root is not None:
-            with self.ledger.guard("optimizer step"):
+        if step is None or root is None:
+            return
+        with self.ledger.guard("optimizer step"):
+            if pool is not None:
                 step.readings.merge(pool)
-                self._gradients.measure(
-                    root,
-                    optimizer,
-                    readings=step.readings,
-                    index=(optimizer and self._index(optimizer)) or 0,
-                    steps=schedule.steps - 1,
-                    **schedule.due._asdict(),
-                    others=self._optimizers.held_by_others(optimizer) if begins else None,
-                )
-        self._watch()
+            step.readings.in_backward |= backward is not None
+            self._gradients.measure(
+                root,
+                stepped,
+                readings=step.readings,
+                steps=self.schedule.steps - 1,
+                **self.schedule.due._asdict(),
+                others=self._optimizers.held_by_others(stepped) if begins else None,
+            )
+            self._gradients.ended()
 
     def _watch(self) -> None:
         root = self.root()
@@ -252,22 +332,57 @@ class Wiring:
         else:
             self._gradients.unwatch()
 
-    def is_seen(self, optimizer: Optimizer) -> bool:
-        """Whether `optimizer` holds a parameter of the model, and its steps count here."""
-        if not self.is_on or self._index(optimizer) is None:
-            return False
-        self.recorder.output.move()
-        return self.is_here()
-
-    def _index(self, optimizer: Optimizer) -> int | None:
+    def _find(self, optimizer: Optimizer) -> Known | None:
+        """`optimizer`, if it holds a parameter of the model and its steps count here."""
+        if not self.is_on:
+            return None
         try:
-            return self._optimizers.index(optimizer, self.root())
+            known = self._optimizers.find(optimizer, self.root())
         except Exception as error:
             self.ledger.failed("parameters of the optimizer", error)
             return None
+        if known is not None and not self.is_here():
+            self.recorder.output.move()
+            return known if self.is_here() else None
+        return known
 
     def _say_absent(self) -> None:
         say_absent(self.root(), self.wanted, self.ledger, self.calls, self.schedule.steps)
+
+    def _say_no_step(self) -> None:
+        if self.schedule.steps or steps_on_stack():
+            return
+        self.ledger.warn_once(
+            "optimizer",
+            f"no torch.optim.Optimizer that holds a parameter of the model has stepped in "
+            f"{_PATIENCE} training forwards: nothing of training is written before one does; "
+            "attach to the module that is trained, or call handle.advance() after each step",
+        )
+
+    def _say_unseen(self) -> None:
+        """Say that training was not seen at all, if the parameters have changed."""
+        root = self.root()
+        if root is None or self.calls or self.schedule.steps:
+            return
+        changed = False
+        with self.ledger.guard("parameters"):
+            changed = bool(self._changed(root))
+        if changed:
+            self.ledger.warn_once(
+                "optimizer",
+                "the parameters changed, and no forward and no step of an optimizer was seen: of "
+                "a training step that is compiled as a whole, or replayed as a CUDA graph, nothing "
+                "is; compile the model alone, or call handle.advance() after each step",
+            )
+
+    def say_captured(self, optimizer: Optimizer) -> None:
+        """A step is recorded into a CUDA graph, of which ours must not become a part."""
+        if self._find(optimizer) is not None:
+            self.ledger.warn_once(
+                "optimizer",
+                "its step is captured in a CUDA graph, of which nothing is seen: call "
+                "handle.advance() after each replay",
+            )
 
 
 # torch tells of the steps of all optimizers in one place, so all attachments listen through one
@@ -276,12 +391,38 @@ _listeners: list[Wiring] = []
 _hooks: list[RemovableHandle] = []
 
 
+# By thread: the optimizers whose steps run, each within the one before, with those that stepped in
+# it and step no other.
+_running: dict[int, list[tuple[Optimizer, list[Optimizer]]]] = {}
+
+
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for wiring in () if torch.compiler.is_compiling() else tuple(_listeners):
-        wiring.optimizer_begins(optimizer)
+    if torch.compiler.is_compiling():
+        return
+    if is_captured():
+        for wiring in tuple(_listeners):
+            wiring.say_captured(optimizer)
+        return
+    running = _running.get(threading.get_ident())
+    if running is None:
+        running = _running[threading.get_ident()] = []
+    elif running:
+        del running[steps_on_stack() - 1 :]  # those that raised have had no second hook
+    for wiring in tuple(_listeners):
+        wiring.optimizer_begins(optimizer, is_outermost=not running)
+    running.append((optimizer, []))
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for wiring in () if torch.compiler.is_compiling() else tuple(_listeners):
-        if wiring.is_seen(optimizer):
-            wiring.count(optimizer)
+    if torch.compiler.is_compiling():
+        return
+    running = _running.get(threading.get_ident())
+    inside: list[Optimizer] = []
+    if running and running[-1][0] is optimizer:
+        _, inside = running.pop()
+    elif is_captured():
+        return
+    for wiring in tuple(_listeners):
+        wiring.optimizer_ended(optimizer, inside, is_outermost=not running)
+    if running:
+        running[-1][1].extend(inside or [optimizer])

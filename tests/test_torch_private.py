@@ -148,11 +148,16 @@ def test_steps_on_stack():
         def step(self, closure=None):
             look()
 
+    class Twice(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+
     parameter = nn.Parameter(torch.ones(2))
     with register_optimizer_step_pre_hook(look), register_optimizer_step_post_hook(look):
         torch.optim.SGD([parameter]).step(closure)
         Own([parameter], {}).step()
-    assert found == [True] * 6
+        Twice([parameter]).step(closure)
+    assert found == [1] * 6 + [1, 2, 2, 2, 1]
     assert not room.steps_on_stack()
 
 
@@ -366,6 +371,43 @@ def test_after_backward():
     assert -1 != a == again != b == last_one != -1
     assert recomputed == [-1, a, -1, b]
     assert ended == [a, b]
+
+
+def test_backward_pass():
+    numbers = []
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.register_post_accumulate_grad_hook(lambda _: numbers.append(room.backward_pass()))
+    for _ in range(2):
+        parameter.sum().backward()
+    first, second = numbers
+    assert None not in numbers
+    assert first != second
+    assert room.backward_pass() is None
+
+
+def test_is_captured():
+    assert not room.is_captured()  # that it is true while capturing, tests/test_cuda.py says
+
+
+def test_hook_first():
+    order = []
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.register_post_accumulate_grad_hook(lambda p: order.append("before"))
+    handle = room.hook_first(parameter, lambda p: order.append("ours"))
+    parameter.register_post_accumulate_grad_hook(lambda p: order.append("after"))
+    parameter.sum().backward()
+    assert order == ["ours", "before", "after"]
+    handle.remove()
+    parameter.sum().backward()
+    assert order[3:] == ["before", "after"]
+
+
+def test_is_hooked_by_others():
+    parameter = nn.Parameter(torch.ones(2))
+    room.hook_first(parameter, lambda p: None)
+    assert not room.is_hooked_by_others(parameter)
+    parameter.register_post_accumulate_grad_hook(lambda p: None)
+    assert room.is_hooked_by_others(parameter)
 
 
 def test_the_names_of_wrappers_are_known():

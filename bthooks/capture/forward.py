@@ -102,10 +102,7 @@ class ObservedForward:
         readings.histograms |= self._activations
         ledger.captured("activations", (drawn.name for drawn in self._activations))
         if "uncertainty" in self._wanted.kinds:
-            with ledger.guard("uncertainty"):
-                kinds = find_uncertainties(output)
-                readings.merge(uncertainties(kinds, distributions=self._histograms))
-                ledger.captured("uncertainty", kinds)
+            readings.merge(uncertainty_of(output, self._histograms, ledger))
         return readings
 
     def _map(self, path: str, sums: Tensor, doubt: Doubt | None) -> None:
@@ -123,3 +120,13 @@ class ObservedForward:
                     self._activations[drawn] = histogram(readable(tensor))
         except Exception as error:
             self._ledger.failed(f"activations of {path}", error)
+
+
+def uncertainty_of(output: Any, histograms: bool, ledger: Ledger) -> Readings:
+    """The uncertainty that a model returned in its output."""
+    with ledger.guard("uncertainty"):
+        kinds = find_uncertainties(output)
+        readings = uncertainties(kinds, distributions=histograms)
+        ledger.captured("uncertainty", kinds)
+        return readings
+    return Readings()

@@ -1,13 +1,16 @@
-"""Gradients: what is measured at the end of a backward pass, and around an optimizer's step.
+"""Gradients: what optimizers are given, what they make of it, and what was there before clipping.
 
-A hook on a gradient sees one micro-batch, scaled and not yet reduced. What an optimizer is given
-is there at its step only; what it was before clipping, at the end of the backward pass, behind the
-reductions of DDP and FSDP2.
+A hook on a gradient sees one micro-batch, scaled and not yet reduced; and many an optimizer writes
+over `p.grad` in its step (`SGD(nesterov=True)` with foreach, Muon) or frees it. So what it is given
+is read when its update is about to begin: behind all other hooks before the step, and after each
+return of a closure, of which the last counts. What was there before clipping is read at the end of
+the backward pass, behind the reductions of DDP and FSDP2.
 """
 
 import functools
 import weakref
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,47 +19,72 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..measure.gradients import norms
-from ..measure.readings import Readings, learning_rates, parameter_histograms
-from ..measure.scaling import scaling
-from ..measure.sharded import is_sharded, whole_norms
+from ..measure.histograms import histogram
+from ..measure.readings import Drawn, Rates, Readings, rates_of
+from ..measure.scaling import LossScale, scaling
+from ..measure.sharded import is_sharded, readable, whole_norms
 from ..names import parameter_names
 from ..report import Ledger
-from ..torch_private import Hook, after_backward, find_scaler
-from .optimizers import held
+from ..torch_private import (
+    Hook,
+    after_backward,
+    find_scaler,
+    hook_first,
+    is_hooked_by_others,
+    is_traced,
+)
+from .optimizers import Known, held
 from .wanted import Wanted
 
 
 class Gradients:
-    """The gradients, rates, histograms and updates of a model, as its optimizers step."""
+    """The gradients, rates, histograms and updates of a model, as its optimizers step.
+
+    `begins` and `stepped` for each of them, also for one that steps within another's step;
+    `measure`, then `ended`, for the outermost.
+    """
 
     def __init__(self, wanted: Wanted, ledger: Ledger) -> None:
         self._wanted, self._ledger = wanted, ledger
-        self._watched: list[RemovableHandle] = []
-        self._ids: list[int] = []  # of the parameters that are watched
+        self._named: Mapping[Any, str] = {}  # the parameters, during a step
+        # Of each parameter: the hook that tells of the end of the backward pass.
+        self._watched: dict[int, tuple[weakref.ref[Tensor], RemovableHandle]] = {}
         self._backward: int | None = None  # the pass whose end is waited for
-        self._before_clip: dict[str, Tensor] = {}  # norms at the end of the last backward pass
-        self._former: dict[str, Tensor] = {}  # the parameters before an update
+        self._before_clip: dict[str, Tensor] = {}  # norms at its end, until an optimizer steps
+        # What follows is of the steps of optimizers that run.
+        self._hooks: list[RemovableHandle] = []
+        self._stepping: dict[str, Tensor] = {}  # the parameters that they hold
+        self._losses: dict[str, LossScale] = {}  # by parameter
+        self._former: dict[str, Tensor] = {}  # the parameters before
+        self._rates: dict[Optimizer, Rates] = {}
+        self._given = Readings()
+
+    @property
+    def is_watching(self) -> bool:
+        return bool(self._watched)
 
     def watch(self, root: nn.Module) -> None:
         """Measure the gradients at the end of each backward pass, until `unwatch`."""
         with self._ledger.guard("gradients before clipping"):
-            if "gradients" not in self._wanted.kinds or self._is_flattened(root):
+            if "gradients" not in self._wanted.kinds:
                 return
-            parameters = [
-                p for p in parameter_names(root) if p.requires_grad and p.is_leaf and not is_lazy(p)
-            ]
-            if self._ids == (ids := [id(p) for p in parameters]):
-                return
-            self.unwatch()
-            self._ids = ids
             hook = Hook(functools.partial(self._accumulated, weakref.ref(root)))
-            self._watched = [p.register_post_accumulate_grad_hook(hook) for p in parameters]
+            for p in self._selected(root).values():
+                known = self._watched.get(id(p))
+                # One that needs no gradient just now, an adapter that is off, keeps its hook.
+                is_new = known is None or known[0]() is not p
+                if is_new and p.requires_grad and p.is_leaf and not is_lazy(p):
+                    self._watched[id(p)] = weakref.ref(p), hook_first(p, hook)
 
     def unwatch(self) -> None:
         """Take off what `watch` put on, and forget what it measured."""
-        for handle in self._watched:
+        for _, handle in self._watched.values():
             handle.remove()
-        self._watched, self._ids, self._before_clip, self._backward = [], [], {}, None
+        self._watched, self._before_clip, self._backward = {}, {}, None
+
+    def forget_names(self) -> None:
+        """The model may have other parameters now."""
+        self._named = {}
 
     def _accumulated(self, root: Callable[[], nn.Module | None], parameter: Tensor) -> None:
         if torch.compiler.is_compiling():
@@ -64,6 +92,11 @@ class Gradients:
         try:
             ended = functools.partial(self._backward_ended, root)
             self._backward = after_backward(ended, former=self._backward)
+            # The next hook may step an optimizer, which leaves nothing for the end of the pass.
+            if is_hooked_by_others(parameter) and (model := root()) is not None:
+                named = self._named_of(model, [parameter])
+                if not is_traced():
+                    self._before_clip |= self._norms(_gradients_of(named))
         except Exception as error:  # a guard takes 1.5 us, at each parameter
             self._ledger.failed("gradients before clipping", error)
 
@@ -72,88 +105,147 @@ class Gradients:
         model = root()
         if model is not None and self._watched:
             with self._ledger.guard("gradients before clipping"):
-                self._before_clip = self._norms(self._names(model, None))
+                if not is_traced():
+                    self._before_clip = self._norms(_gradients_of(self._selected(model)))
 
-    def remember(self, root: nn.Module, optimizer: Optimizer) -> None:
-        """Keep the parameters as they are before the step of `optimizer`."""
-        with self._ledger.guard("update ratios"):
-            names = self._names(root, optimizer)
-            self._former = {name: p.detach().clone() for p, name in names.items()}
+    def begins(
+        self, root: nn.Module, optimizer: Optimizer, *, scalars: bool, histograms: bool
+    ) -> None:
+        """A step of `optimizer` begins: see to it that what it is given is read."""
+        with self._ledger.guard("gradients"), torch.no_grad():
+            named = self._named_of(root, held(optimizer))
+            self._stepping |= named
+            if scalars and "updates" in self._wanted.kinds:
+                for name in named.keys() - self._former.keys():
+                    with self._ledger.guard(f"update of {name}"):
+                        self._former[name] = named[name].detach().clone()
+            read = functools.partial(self._read, named, optimizer, scalars, histograms)
+            hook = functools.partial(_before_update, read)
+            self._hooks.append(optimizer.register_step_pre_hook(hook))
+
+    def _read(
+        self,
+        named: Mapping[str, Tensor],
+        optimizer: Optimizer | None,
+        scalars: bool,
+        histograms: bool,
+    ) -> None:
+        """Read what `optimizer` is given now, in place of what was read before."""
+        loss, given, gradients = LossScale.of(optimizer), self._given, _gradients_of(named)
+        self._losses |= dict.fromkeys(named, loss)
+        for name in named:
+            given.norms.pop(name, None)
+            given.histograms.pop(Drawn("gradients", name), None)
+        with self._ledger.guard("gradients"):
+            if scalars and optimizer is not None:
+                self._rates[optimizer] = rates_of(optimizer)
+            if scalars and "gradients" in self._wanted.kinds:
+                given.norms |= loss.unscaled(self._norms(gradients))
+                before = {n: self._before_clip.pop(n) for n in named if n in self._before_clip}
+                given.norms_before_clip |= loss.applied(before)
+        if histograms and "histograms" in self._wanted.kinds:
+            for name, gradient in gradients.items():
+                with self._ledger.guard(f"histogram of the gradient of {name}"):
+                    if not is_sharded(gradient):
+                        found = loss.histogram(readable(gradient))
+                        given.histograms[Drawn("gradients", name)] = found
+
+    def stepped(self, optimizer: Optimizer) -> None:
+        """The step of `optimizer`, which stepped no other, has ended: it may have set its rate."""
+        if optimizer in self._rates:
+            with self._ledger.guard("learning rate"):
+                effective = self._rates[optimizer].effective
+                self._rates[optimizer] = rates_of(optimizer)._replace(effective=effective)
+
+    def ended(self) -> None:
+        """No step of an optimizer runs any more, or the one that did has raised."""
+        if not (self._hooks or self._stepping):
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._stepping, self._losses, self._former = [], {}, {}, {}
+        self._rates, self._given = {}, Readings()
 
     def measure(
         self,
         root: nn.Module,
-        optimizer: Optimizer | None,
+        stepped: Collection[Known],
         *,
         readings: Readings,
-        index: int,
         steps: int,
         scalars: bool,
         histograms: bool,
         others: Collection[Tensor] | None,
     ) -> None:
-        """Read into `readings` what the step of `optimizer`, the `index`-th of several, applied.
+        """Put into `readings` what the optimizers that have `stepped` were given, and made of it.
 
-        `others`: what other optimizers hold, if it is the first one of its step: it brings the
-        histograms of the parameters that none holds.
+        None has where a step was told by hand. `others`: what other optimizers hold, if these are
+        the first of a step: they bring the histograms of the parameters that none holds.
         """
-        if scalars and optimizer is not None:
+        if not stepped:
+            self._stepping = self._selected(root)
+            self._read(self._stepping, None, scalars, histograms)
+        if scalars and stepped:
             if "learning_rate" in self._wanted.kinds:
-                with self._ledger.guard("learning rate"):
-                    rates = learning_rates(optimizer, index)
-                    readings.learning_rates |= rates
-                    readings.base_rates |= learning_rates(optimizer, index, "initial_lr")
-                    self._ledger.captured("learning_rate", (f"learning_rate/{g}" for g in rates))
+                self._measure_rates(stepped)
             with self._ledger.guard("loss scale"):
                 if (scaler := find_scaler()) is not None:
-                    readings.scaling = scaling(scaler, optimizer, steps)
-        if self._is_flattened(root):
-            return
-        names = self._names(root, optimizer)
+                    self._given.scaling = scaling(scaler, steps)
         if scalars:
-            self._measure_norms(names, readings)
+            self._measure_norms()
         if histograms and "histograms" in self._wanted.kinds:
-            with self._ledger.guard("histograms"):
-                if others is not None:
-                    every = self._names(root, None).items()
-                    names = {p: name for p, name in every if p not in others}
-                self._measure_histograms(names, readings)
+            named = dict(self._stepping)
+            if others is not None:
+                named |= {n: p for n, p in self._selected(root).items() if p not in others}
+            self._measure_histograms(named)
+        readings.merge(self._given)
 
-    def _measure_histograms(self, names: Mapping[nn.Parameter, str], readings: Readings) -> None:
-        for parameter, name in names.items():
-            if is_sharded(parameter):
+    def _measure_rates(self, stepped: Collection[Known]) -> None:
+        for known in stepped:
+            with self._ledger.guard("learning rate"):
+                optimizer = known.optimizer()
+                if optimizer in self._rates:
+                    rates = self._rates[optimizer].of_several(known.number)
+                    self._given.take_rates(rates)
+                    names = (f"learning_rate/{group}" for group in rates.nominal)
+                    self._ledger.captured("learning_rate", names)
+
+    def _measure_histograms(self, named: Mapping[str, Tensor]) -> None:
+        histograms = self._given.histograms
+        for name, p in named.items():
+            if is_sharded(p):
                 why = "parameters are sharded over ranks: one rank holds a part"
                 self._ledger.warn_once("histograms", why)
                 continue
             self._ledger.captured("histograms", [name])
             with self._ledger.guard(f"histogram of {name}"):
-                readings.histograms |= parameter_histograms({parameter: name})
+                histograms[Drawn("parameters", name)] = histogram(readable(p))
+                if name not in self._stepping and p.grad is not None:
+                    histograms[Drawn("gradients", name)] = histogram(readable(p.grad))
 
-    def _measure_norms(self, names: Mapping[nn.Parameter, str], readings: Readings) -> None:
-        named = {name: p for p, name in names.items()}
-        former, self._former = self._former, {}
+    def _measure_norms(self) -> None:
+        named, given, kinds = self._stepping, self._given, self._wanted.kinds
         parts: list[Mapping[str, Tensor]] = []
-        kinds = self._wanted.kinds
         # Whatever failed on this rank, and whatever it has: the others wait for it.
         if "gradients" in kinds:
-            before_clip = {n: norm for n, norm in self._before_clip.items() if n in named}
-            parts += self._norms(names), before_clip
+            parts += given.norms, given.norms_before_clip
         if "updates" in kinds:
             changes: list[Mapping[str, Tensor]] = [{}, {}]
             with self._ledger.guard("update ratios"):
-                after = {name: p.detach() for name, p in named.items() if name in former}
-                change = norms({name: p - former[name] for name, p in after.items()})
-                changes = [change, norms({name: former[name] for name in after})]
+                former = self._former
+                change = {name: named[name].detach() - p for name, p in former.items()}
+                changes = [self._norms(change, "update"), self._norms(former, "update")]
             parts += changes
         with self._ledger.guard("norms"):
             wholes = whole_norms(named, parts)
             if "gradients" in kinds:
-                readings.norms |= wholes[0]
-                readings.norms_before_clip |= wholes[1]
+                given.norms, given.norms_before_clip = wholes[:2]
                 self._ledger.captured("gradients", parts[0])
             if "updates" in kinds:
                 change, size = wholes[-2:]
-                readings.update_ratios |= {name: change[name] / size[name] for name in size}
+                for name in size.keys() & change.keys():
+                    ratio = {name: change[name] / size[name]}
+                    given.update_ratios |= self._losses[name].applied(ratio)
                 self._ledger.captured("updates", size)
 
     def _is_flattened(self, root: nn.Module) -> bool:
@@ -170,19 +262,52 @@ class Gradients:
                 return True
         return False
 
-    def _norms(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-        gradients = {name: p.grad for p, name in names.items() if p.grad is not None}
+    def _norms(self, tensors: Mapping[str, Tensor], what: str = "gradient") -> dict[str, Tensor]:
         try:
-            return norms(gradients)
+            return norms(tensors)
         except Exception:  # of one: which?
             found: dict[str, Tensor] = {}
-            for name, gradient in gradients.items():
-                with self._ledger.guard(f"gradient of {name}"):
-                    found |= norms({name: gradient})
+            for name, values in tensors.items():
+                with self._ledger.guard(f"{what} of {name}"):
+                    found |= norms({name: values})
             return found
 
-    def _names(self, root: nn.Module, optimizer: Optimizer | None) -> dict[nn.Parameter, str]:
-        """The selected parameters that `optimizer` holds; all selected ones for None."""
-        names, selected = parameter_names(root), self._wanted.selected
-        own = None if optimizer is None else held(optimizer)
-        return {p: n for p, n in names.items() if (own is None or p in own) and selected(n)}
+    def _names(self, root: nn.Module) -> Mapping[nn.Parameter, str]:
+        """All parameters as they are now, each whole or a DTensor."""
+        return {} if self._is_flattened(root) else parameter_names(root)
+
+    def _selected(self, root: nn.Module) -> dict[str, Tensor]:
+        return {name: p for p, name in self._names(root).items() if self._wanted.selected(name)}
+
+    def _named_of(self, root: nn.Module, parameters: list[Tensor]) -> dict[str, Tensor]:
+        """Of `parameters` those that are selected. Names are kept while many optimizers step."""
+        if any(p not in self._named for p in parameters):  # FSDP2 has others there for a while
+            self._named = self._names(root)
+        names = {p: self._named.get(p) for p in parameters}
+        return {n: p for p, n in names.items() if n is not None and self._wanted.selected(n)}
+
+
+def _gradients_of(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in named.items() if p.grad is not None}
+
+
+def _before_update(
+    read: Callable[[], None], optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The last hook before an optimizer's step, which may give it other arguments."""
+    read()
+    given = dict(enumerate(args)) | kwargs
+    place = next((key for key in ("closure", 1) if callable(given.get(key))), None)
+    if place is None:
+        return None
+    closure = given[place]
+
+    @functools.wraps(closure, updated=())
+    def reading(*its_args: Any, **its_kwargs: Any) -> Any:
+        loss = closure(*its_args, **its_kwargs)
+        read()
+        return loss
+
+    if place == 1:
+        return (args[0], reading, *args[2:]), kwargs
+    return args, kwargs | {"closure": reading}

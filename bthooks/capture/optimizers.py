@@ -3,68 +3,122 @@
 No optimizer is passed to `attach`: torch tells of every step of every optimizer, other models' too.
 """
 
+import heapq
 import itertools
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from ..measure.sharded import local
+from ..measure.sharded import is_sharded, is_wrapper, local
+
+NONE = -2  # the number of an optimizer that has none
+
+
+class Known:
+    """An optimizer that was seen to step, and what is known of it."""
+
+    def __init__(self, optimizer: Optimizer, is_gone: Callable[["Known"], None]) -> None:
+        self.optimizer = weakref.ref(optimizer, lambda _: is_gone(self))
+        self.key = id(optimizer)
+        self.held: list[Tensor] = []  # its parameters, if any is the model's
+        self.number = NONE  # in the order of the first steps, if it updates something itself
+        self.wraps = False  # whether it steps others, and updates nothing itself
+        self.rivals: set[Known] = set()  # those that hold a parameter of it as well
+
+    def numbers(self) -> Collection[int]:
+        """Its own, and those of its rivals."""
+        if not self.rivals:  # nearly always
+            return () if self.number == NONE else (self.number,)
+        return {self.number, *(rival.number for rival in self.rivals)} - {NONE}
 
 
 class Optimizers:
-    """The optimizers that hold a parameter of the model, in the order of their first steps."""
+    """The optimizers that hold a parameter of the model.
 
-    def __init__(self) -> None:
-        self._index: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
-        self._foreign: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._shared: weakref.WeakKeyDictionary[
-            Optimizer, weakref.WeakKeyDictionary[Optimizer, bool]
-        ] = weakref.WeakKeyDictionary()
+    There may be one for each parameter: all that is asked at a step costs the same for any number.
+    """
 
-    def __len__(self) -> int:
-        return len(self._index)
+    def __init__(self, is_gone: Callable[[int], None]) -> None:
+        self._tell = is_gone  # of the number of one that is gone
+        self._known: dict[int, Known] = {}  # by id
+        self._holders: dict[Tensor, list[Known]] = {}
+        self._own: set[Tensor] = set()  # parameters of the model, while optimizers are new
+        self._numbers = itertools.count()
+        self._free: list[int] = []  # numbers of optimizers that are gone
+        self.count = 0  # of those that have a number
 
-    def index(self, optimizer: Optimizer, root: nn.Module | None) -> int | None:
-        """The number of `optimizer`; None if it holds no parameter of `root`."""
-        index = self._index.get(optimizer)
-        if index is not None or root is None or optimizer in self._foreign:
-            return index
-        own = {p for _, p in root.named_parameters()}  # GANs override parameters()
-        if held(optimizer).isdisjoint(own):
-            self._foreign.add(optimizer)
-            return None
-        taken = set(self._index.values())
-        index = self._index[optimizer] = next(i for i in itertools.count() if i not in taken)
-        return index
+    def find(self, optimizer: Optimizer, root: nn.Module | None) -> Known | None:
+        """What is known of `optimizer`; None if it holds no parameter of `root`."""
+        known = self._known.get(id(optimizer))
+        if known is None or known.optimizer() is not optimizer:
+            known = self._known[id(optimizer)] = Known(optimizer, self._is_gone)
+            if root is not None:
+                self._look(known, optimizer, root)
+        return known if known.held else None
 
-    def held_by_others(self, optimizer: Optimizer | None) -> set[Tensor]:
-        """The parameters of the others."""
-        return {p for other in self._index if other is not optimizer for p in held(other)}
+    def number(self, known: Known) -> int:
+        """The number of an optimizer that has stepped."""
+        if known.number == NONE:
+            known.number = heapq.heappop(self._free) if self._free else next(self._numbers)
+            self.count += 1
+        return known.number
 
-    def share(self, optimizer: Optimizer | None, stepped: Collection[object]) -> bool:
-        """Whether `optimizer` has replaced one that `stepped`: they hold a parameter in common."""
-        if optimizer is None or optimizer in stepped:
-            return False
-        known = self._shared.setdefault(optimizer, weakref.WeakKeyDictionary())
-        others = [other for other in stepped if isinstance(other, Optimizer)]
-        for other in others:
-            if other not in known:
-                known[other] = not held(optimizer).isdisjoint(held(other))
-        return any(known[other] for other in others)
+    def held_by_others(self, stepped: Collection[Known]) -> set[Tensor]:
+        """The parameters of those that have not stepped."""
+        others = [known for known in [*self._known.values()] if known not in stepped]
+        return {p for known in others for p in known.held}
 
     def recheck(self) -> None:
-        """Look at all again: their parameters may have become the model's."""
-        self._foreign.clear()
-        self._shared.clear()
+        """Look at all again: their parameters may have become the model's, or others."""
+        self._holders, self._own = {}, set()
+        for known in [*self._known.values()]:
+            known.rivals = set()
+            optimizer = known.optimizer()
+            if known.held and optimizer is not None:
+                self._hold(known, optimizer)
+            else:
+                self._known.pop(known.key, None)
+
+    def forget(self) -> None:
+        """Keep no parameter of the model alive for the sake of optimizers that may be new."""
+        if self._own:
+            self._own = set()
+
+    def _look(self, known: Known, optimizer: Optimizer, root: nn.Module) -> None:
+        held_ = held(optimizer)
+        if self._own.isdisjoint(held_):  # or it is of another time
+            self._own = {p for _, p in root.named_parameters()}  # GANs override parameters()
+        if not self._own.isdisjoint(held_):
+            self._hold(known, optimizer)
+
+    def _hold(self, known: Known, optimizer: Optimizer) -> None:
+        known.held = held(optimizer)
+        for p in known.held:
+            holders = self._holders.setdefault(p, [])
+            for other in holders:
+                known.rivals.add(other)
+                other.rivals.add(known)
+            holders.append(known)
+
+    def _is_gone(self, known: Known) -> None:
+        if self._known.get(known.key) is known:
+            del self._known[known.key]
+        for p in known.held:
+            if known in (holders := self._holders.get(p, [])):
+                holders.remove(known)
+        if known.number != NONE:
+            heapq.heappush(self._free, known.number)
+            self.count -= 1
+            self._tell(known.number)
 
 
-def held(optimizer: Optimizer) -> set[Tensor]:
+def held(optimizer: Optimizer) -> list[Tensor]:
     """The parameters of `optimizer`."""
-    return {p for group in optimizer.param_groups for p in group["params"]}
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 class Probe:
@@ -78,6 +132,7 @@ class Probe:
         """Whether its value (`p.data` keeps the version) changed since a last look, 0-d."""
         every = (p for _, p in root.named_parameters() if p.requires_grad)
         own = [p for p in every if not (is_lazy(p) or p.is_meta)]
+        own = [p for p in own if is_sharded(p) or not is_wrapper(p)]
         if not own:
             return None
         smallest, ids = local(min(own, key=torch.numel).detach()), [id(p) for p in own]

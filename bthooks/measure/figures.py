@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from . import attention
 from .attention import Head
 from .histograms import Histogram
@@ -22,6 +24,7 @@ class Figures:
     metrics: Mapping[str, float] = field(default_factory=dict)
     learning_rates: Mapping[str, float] = field(default_factory=dict)  # group ->
     base_rates: Mapping[str, float] = field(default_factory=dict)  # that a scheduler was given
+    effective_rates: Mapping[str, float] = field(default_factory=dict)  # group -> `d * lr`
     norms: Mapping[str, float] = field(default_factory=dict)  # parameter ->
     layers: Mapping[str, float] = field(default_factory=dict)  # module -> mean of its own norms
     total_norm: float | None = None
@@ -46,19 +49,17 @@ class Figures:
 def figures_of(readings: Readings, skips: Skips | None = None) -> Figures:
     """The figures that `readings`, which are on the host, amount to."""
     norms = {name: float(norm) for name, norm in readings.norms.items() if not norm < 0}
-    before_clip = [float(norm) for norm in readings.norms_before_clip.values() if not norm < 0]
+    before_clip = {name: readings.norms_before_clip.get(name, -1.0) for name in norms}
     ratios = {name: float(ratio) for name, ratio in readings.update_ratios.items()}
     scale, skipped = 1.0, None
     if readings.scaling is not None:
-        scale, clean, overflow = map(float, readings.scaling.state)
+        scale, clean = map(float, readings.scaling.state)
         if skips is not None:
             skipped = skips.look(readings.scaling, scale, clean)
-        if overflow:  # a fused optimizer was called, and did nothing
-            norms, before_clip, ratios = {}, [], {}
     layers: dict[str, list[float]] = {}
     for name, norm in norms.items():
         layers.setdefault(name.rpartition(".")[0] or "root", []).append(norm)
-    total = math.hypot(*norms.values()) if norms else None
+    is_whole = norms and not any(norm < 0 for norm in before_clip.values())
     maps = dict(readings.attention)
     for path in readings.doubts:
         maps[path] = attention.without_doubt(maps[path])
@@ -72,13 +73,14 @@ def figures_of(readings: Readings, skips: Skips | None = None) -> Figures:
             nonfinite[drawn] = lost
     return Figures(
         metrics={name: float(value) for name, value in readings.metrics.items()},
-        learning_rates={group: float(rate) for group, rate in readings.learning_rates.items()},
+        learning_rates=_rates(readings, readings.learning_rates),
         base_rates={g: rate for g, rate in readings.base_rates.items() if isinstance(rate, float)},
         norms=norms,
         layers={layer: sum(own) / len(own) for layer, own in layers.items()},
-        total_norm=total,
-        total_norm_before_clip=_before_clip(before_clip, scale, total),
-        update_ratios=ratios,
+        effective_rates=_rates(readings, readings.effective_rates),
+        total_norm=math.hypot(*norms.values()) if norms else None,
+        total_norm_before_clip=math.hypot(*before_clip.values()) / scale if is_whole else None,
+        update_ratios={name: ratio for name, ratio in ratios.items() if not ratio < 0},
         skipped_steps=skipped,
         attention=attention.whole(maps),
         heads={path: attention.of_heads(sums) for path, sums in maps.items()},
@@ -93,15 +95,18 @@ def figures_of(readings: Readings, skips: Skips | None = None) -> Figures:
     )
 
 
-def _before_clip(norms: Sequence[float], scale: float, applied: float | None) -> float | None:
-    """The total norm before clipping; None where another `scale` seems to be in the loss.
+def _rates(readings: Readings, rates: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """The rates by group; of optimizers in a backward pass one of each value, the first one's."""
+    found = {group: float(rate) for group, rate in rates.items()}
+    if not readings.in_backward:
+        return found
+    first: dict[float, str] = {}
+    for group in sorted(found, key=_number):
+        first.setdefault(found[group], group)
+    return {group: rate for rate, group in first.items()}
 
-    Then the total norm `applied` is smaller by a power of two; by clipping it never is.
-    """
-    if not norms or applied is None:
-        return None
-    total = math.hypot(*norms) / scale
-    if not 0 < applied < total < math.inf:
-        return total
-    power = math.log2(total / applied)
-    return None if power > 0.5 and abs(power - round(power)) < 1e-5 else total
+
+def _number(group: str) -> int:
+    """That of the optimizer which the name of a group begins with; 0 for the first one."""
+    number, slash, _ = group.partition("/")
+    return int(number) if slash and number.isdigit() else 0

@@ -5,6 +5,8 @@ that merge: sums with counts, never averages. What they amount to is said in `fi
 """
 
 import copy
+import functools
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -51,6 +53,9 @@ class Readings:
     metrics: dict[str, Tensor | float] = field(default_factory=dict)  # name -> 0-d
     learning_rates: dict[str, Tensor | float] = field(default_factory=dict)  # group -> 0-d
     base_rates: dict[str, Tensor | float] = field(default_factory=dict)  # that of a scheduler
+    effective_rates: dict[str, Tensor | float] = field(default_factory=dict)  # `d * lr`
+    # Whether its optimizers, one for each parameter, stepped within one backward pass.
+    in_backward: bool = False
     uncertainty: dict[str, Tensor] = field(default_factory=dict)  # kind -> (2,): sum, count
     norms: dict[str, Tensor] = field(default_factory=dict)  # parameter -> 0-d
     norms_before_clip: dict[str, Tensor] = field(default_factory=dict)  # parameter -> 0-d
@@ -73,6 +78,13 @@ class Readings:
         self.forwards += [f for f in other.forwards if f.calls or not self.forwards]
         del self.forwards[_FORWARDS:]
         self.scaling = other.scaling or self.scaling
+        self.in_backward |= other.in_backward
+
+    def take_rates(self, rates: "Rates") -> None:
+        """Take in the rates of one more optimizer."""
+        self.learning_rates |= rates.nominal
+        self.base_rates |= rates.base
+        self.effective_rates |= rates.effective
 
     def mapped(self, function: Callable[[Tensor], Any]) -> "Readings":
         """The same with `function` of each tensor in it, always in one order."""
@@ -85,27 +97,48 @@ class Readings:
         # Copied first: another thread that runs the model may merge into them meanwhile.
         parts = {name: copy.copy(part) for name, part in vars(self).items()}
         forwards, scaling = parts.pop("forwards"), parts.pop("scaling")
+        in_backward = parts.pop("in_backward")
         named = {n: {key: each(v) for key, v in part.items()} for n, part in parts.items()}
         return Readings(
             **named,
             forwards=[forward.mapped(function) for forward in forwards],
             scaling=scaling and scaling._replace(state=function(scaling.state)),
+            in_backward=in_backward,
         )
 
 
-def learning_rates(
-    optimizer: Optimizer, index: int = 0, key: str = "lr"
-) -> dict[str, Tensor | float]:
-    """The rate of each group by its name; `index` numbers the optimizer where there are several."""
+class Rates(NamedTuple):
+    """The learning rates of an optimizer, by group."""
+
+    nominal: dict[str, Tensor | float]  # 0-d
+    base: dict[str, Tensor | float]  # that a scheduler was given
+    effective: dict[str, Tensor | float]  # `d * lr`, where the optimizer estimates a `d`
+
+    def of_several(self, number: int) -> "Rates":
+        """The same where there are other optimizers: the first one's groups keep their names."""
+        if not number:
+            return self
+        return Rates(*({f"{number}/{group}": r for group, r in rates.items()} for rates in self))
+
+
+def rates_of(optimizer: Optimizer) -> Rates:
+    """The rates that `optimizer` has now; Adafactor's own business is none."""
     groups = optimizer.param_groups
     names = distinct(str(group.get("name", at)) for at, group in enumerate(groups))
-    start = f"{index}/" if index else ""
+    named = dict(zip(names, groups, strict=True))
+
+    def of(*keys: str) -> dict[str, Tensor | float]:
+        found = {name: [group.get(key) for key in keys] for name, group in named.items()}
+        is_there = {name: all(r is not None for r in rates) for name, rates in found.items()}
+        return {name: _product(rates) for name, rates in found.items() if is_there[name]}
+
+    return Rates(of("lr"), of("initial_lr"), of("d", "lr"))
+
+
+def _product(factors: list[Any]) -> Tensor | float:
+    product = functools.reduce(operator.mul, factors)
     # A scheduler changes a tensor rate in place: hence the copy.
-    return {
-        start + name: rate.detach().clone() if isinstance(rate, Tensor) else float(rate)
-        for name, group in zip(names, groups, strict=True)
-        if (rate := group.get(key)) is not None  # else the optimizer's own business: Adafactor
-    }
+    return product.detach().clone() if isinstance(product, Tensor) else float(product)
 
 
 def parameter_histograms(names: Mapping[nn.Parameter, str]) -> dict[Drawn, Histogram]:

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..torch_private import without_overrides
+
 _PLAIN = {Tensor, nn.Parameter}  # hasattr takes 1 us to find that they have no such thing
 
 
@@ -15,7 +17,7 @@ def local(tensor: Tensor) -> Tensor:
     if type(tensor) in _PLAIN or not hasattr(tensor, "to_local"):
         return tensor
     part: Tensor = tensor.to_local()
-    return part
+    return part.wait() if hasattr(part, "wait") else part  # that of a collective under way
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -23,13 +25,28 @@ def is_sharded(tensor: Tensor) -> bool:
     return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
 
 
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether its type runs operators its own way: as of quantised weights, or a DTensor."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
 def readable(tensor: Tensor) -> Tensor:
-    """`tensor`, if this rank holds all its values; else ValueError."""
+    """`tensor` as a plain one, if this rank holds all its values; else ValueError or TypeError."""
     if tensor.is_meta:
         raise ValueError("a tensor on the meta device has no values")
+    if type(tensor) in _PLAIN:
+        return tensor
     if is_sharded(tensor):
         raise ValueError("of a DTensor one rank holds a part; give its full_tensor()")
-    return tensor
+    if not is_wrapper(tensor):
+        with without_overrides()[0]:  # else a subclass may make itself of what it becomes
+            return tensor.as_subclass(Tensor)
+    plain = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    try:
+        return plain.copy_(tensor.detach())  # as its type says
+    except Exception as error:
+        kind = type(tensor).__name__
+        raise TypeError(f"the values of a {kind} can't be read: {error}") from error
 
 
 @torch.no_grad()

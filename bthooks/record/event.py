@@ -75,6 +75,7 @@ def event_of(figures: Figures, verdict: Verdict | None = None) -> Event:
         event.histograms[f"{start}/{name}"] = found
     for group, values in (
         ("learning_rate", figures.learning_rates),
+        ("learning_rate/effective", figures.effective_rates),
         ("gradients/norm", figures.norms),
         ("gradients/layer_mean", figures.layers),
         ("gradients/update_ratio", figures.update_ratios),

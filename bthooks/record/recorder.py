@@ -5,6 +5,7 @@ what a flush in the middle of a step has written is not written again.
 """
 
 import contextlib
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -185,21 +186,41 @@ class Recorder:
             self._unsettled = pending.step, is_settled
 
     def _figures(self, readings: Readings) -> Figures:
-        """Without a total norm before clipping that may be one of a scaled loss: that is said."""
+        """Without a total norm before clipping that is not one, and it is said why."""
         figures = figures_of(readings, self.skips)
+        if (why := self._no_norm_before_clip(figures, readings)) is not None:
+            self._ledger.warn_once("gradients/total_norm_before_clip", f"left out: {why}")
+            figures = replace(figures, total_norm_before_clip=None)
+        return figures
+
+    def _no_norm_before_clip(self, figures: Figures, readings: Readings) -> str | None:
         total, before = figures.total_norm, figures.total_norm_before_clip
-        if total is None or all(norm < 0 for norm in readings.norms_before_clip.values()):
-            return figures
-        if before is not None and before > 16 * total and readings.scaling is None:
-            self._scalers = is_any_scaler() if self._scalers is None else self._scalers
-            before = None if self._scalers else before
+        if total is None:
+            return None
         if before is None:
-            self._ledger.warn_once(
-                "gradients/total_norm_before_clip",
-                "left out: the gradients at the end of backward() seem to be those of a scaled "
-                "loss, and the optimizer was not called by scaler.step(optimizer)",
+            return (
+                "no backward pass that accumulates all the gradients was seen to end: they were "
+                "set by hand, or under compiled autograd, where torch calls no hook at its end"
             )
-        return replace(figures, total_norm_before_clip=before)
+        if readings.scaling is not None or not 0 < total < before < math.inf:
+            return None
+        power = math.log2(before / total)  # clipping never divides by a power of two
+        is_exact = power > 0.5 and abs(power - round(power)) < 1e-5
+        if (is_exact or power > 4) and self._is_any_scaler():
+            return (
+                "the gradients at the end of backward() seem to be those of a scaled loss, and "
+                "the optimizer was not called by scaler.step(optimizer)"
+            )
+        if is_exact and power > 6.5:  # above 64, which micro-batches are averaged by
+            return (
+                f"the gradients at the end of backward() are {2 ** round(power)} times what the "
+                "optimizer was given, as those of a loss that is scaled by a scaler of its own"
+            )
+        return None
+
+    def _is_any_scaler(self) -> bool:
+        self._scalers = is_any_scaler() if self._scalers is None else self._scalers
+        return self._scalers
 
     def _unwritten(self, values: dict[str, Any], step: int) -> dict[str, Any]:
         """`values` by tag without those that a flush in the middle of a step has written."""

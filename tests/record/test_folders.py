@@ -245,8 +245,9 @@ def test_what_can_not_be_opened_later_is_said_once(tmp_path, backend):
     assert "lost: 3 events of the steps 0 to 2" in handle.report().missed["event file"]
 
 
+@pytest.mark.parametrize("logs", [True, False])
 @pytest.mark.parametrize("opened", [True, False])
-def test_a_folder_that_is_removed_while_training_is_said_once(opened, tmp_path, backend):
+def test_a_folder_that_is_removed_while_training_is_said_once(opened, logs, tmp_path, backend):
     model, folder = nn.Linear(2, 2), tmp_path / "run"
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     writer = folder if opened else make_writer(tmp_path, "run", backend=backend)
@@ -257,6 +258,8 @@ def test_a_folder_that_is_removed_while_training_is_said_once(opened, tmp_path, 
             if at == 3:
                 handle.flush()
                 shutil.rmtree(folder)
+            if logs:
+                bthooks.log_metrics(handle.writer, {"loss": 1.0}, at)
             step(model, optimizer)
         handle.detach()
 

@@ -109,7 +109,7 @@ def be_first_at_exit() -> None:
     atexit.unregister(_detach_all)
     atexit.register(_detach_all)
     if multiprocessing.parent_process() is not None:  # a forked process has no exit handlers
-        multiprocessing.util.Finalize(None, _detach_all, exitpriority=0)
+        multiprocessing.util.Finalize(None, _detach_all, exitpriority=100)
 
 
 def _detach_all() -> None:

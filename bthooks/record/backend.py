@@ -14,6 +14,8 @@ import io
 import os
 import sys
 import time
+import warnings
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -56,11 +58,17 @@ def write(writer: Any, event: Event, step: int) -> None:
     """Write `event` as one event of the backend's own file writer; else by `add_*` calls.
 
     Nothing is written without a writer, or on a rank other than 0. A writer that takes nothing for
-    ten seconds, or whose file was removed, is an OSError.
+    ten seconds is an OSError; one whose file was removed is warned of, once.
     """
-    if not put_off(partial(write, writer, event, step)):
+    if put_off(partial(write, writer, event, step)):
+        return
+    try:
         with turn():
             _wait_until(hand_over(writer, event, step))
+    except Removed as removed:  # a training step is no place to end for it
+        if not was_told(writer):
+            said = f"bthooks: event file: {removed}; what is logged from now on is lost"
+            warnings.warn(said, RuntimeWarning, stacklevel=2)
 
 
 def hand_over(writer: Any, event: Event, step: int, patient: bool = True) -> Callable[[], bool]:
@@ -275,8 +283,22 @@ def _wait_for_room(file_writer: Any, patient: bool = True, is_there: bool = True
         time.sleep(0.01)
 
 
+class Removed(FileNotFoundError):
+    """The event file was removed."""
+
+
+_told: weakref.WeakSet[Any] = weakref.WeakSet()  # of the writers whose file was removed
+
+
+def was_told(writer: Any) -> bool:
+    """Whether this has been asked of `writer` before: of its file it is told once."""
+    told = writer in _told
+    _told.add(writer)
+    return told
+
+
 def _refuse_removed(event_writer: Any) -> None:
-    """Raise FileNotFoundError if the event file was removed: what is written would be nowhere.
+    """Raise `Removed` if the event file is not there: what is written would be nowhere.
 
     tensorboardX holds a file descriptor, which goes on taking events. torch's opens its file by
     name for each event, and would end at the next, or begin a file that has no head.
@@ -289,7 +311,7 @@ def _refuse_removed(event_writer: Any) -> None:
     else:
         is_gone = isinstance(name, str) and "://" not in name and not os.path.exists(name)
     if is_gone:
-        raise FileNotFoundError(f"{name} was removed, with all that was written to it")
+        raise Removed(f"{name} was removed, with all that was written to it")
 
 
 def _settled_by(file_writer: Any) -> Callable[[], bool]:

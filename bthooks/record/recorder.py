@@ -20,7 +20,7 @@ from ..measure.readings import Readings
 from ..measure.scaling import Skips, is_any_scaler
 from ..names import tag
 from ..report import Ledger
-from .backend import flush, hand_over, is_main_rank
+from .backend import Removed, flush, hand_over, is_main_rank, was_told
 from .event import event_of_model, prefixed
 from .folders import Folder, Output
 from .transfer import Reading
@@ -74,9 +74,9 @@ class Recorder:
             return
         if put_off(partial(self.send, wait)):
             return
-        with self._lock:  # several threads may run one model: their steps in order
-            with turn():
-                self._send(wait)
+        with turn(), self._lock:  # several threads may run one model: their steps in order
+            self._send(wait)
+        with self._lock:
             self.alerts.tell()
 
     def _send(self, wait: bool) -> None:
@@ -117,7 +117,7 @@ class Recorder:
         writer = self.output.writer
         is_open = writer is not None and self.output.is_here() and is_main_rank()
         if is_open and not self._lost:
-            with self._lock, turn(), self._ledger.guard("event file"):
+            with turn(), self._lock, self._losing(None):
                 flush(writer)
         if goes_on is not None:
             self.add(goes_on)
@@ -229,15 +229,20 @@ class Recorder:
         return left
 
     @contextlib.contextmanager
-    def _losing(self, step: int) -> Iterator[None]:
-        """Say that what fails inside has cost the event of `step`."""
+    def _losing(self, step: int | None) -> Iterator[None]:
+        """Say that what fails inside has cost the event of `step`, if it is of one."""
         try:
             yield
         except Exception as error:
-            self._lost.append(step)
-            self._ledger.failed("event file", error)
-            which = f"{len(self._lost)} events of the steps {min(self._lost)} to {max(self._lost)}"
-            lost = f"lost: {which}, and what the writer still held"
+            lost = "lost: what the writer still held"
+            if step is not None:
+                self._lost.append(step)
+            if self._lost:
+                first, last = min(self._lost), max(self._lost)
+                which = f"{len(self._lost)} events of the steps {first} to {last}"
+                lost = f"lost: {which}, and what the writer still held"
+            if not (isinstance(error, Removed) and was_told(self.output.writer)):
+                self._ledger.failed("event file", error)
             self._ledger.note("event file", f"{type(error).__name__}: {error}; {lost}")
 
 

@@ -1,3 +1,4 @@
+import time
 import unittest.mock
 
 import numpy as np
@@ -169,6 +170,17 @@ def test_what_is_done_before_a_resume_by_path_changes_nothing(before, tmp_path, 
     steps = [step for step, _ in run.scalars["gradients/total_norm"]]
     assert steps == [*left, 4, 5, 6]
     assert len(run.scalars.get("train/loss", [0])) == 1
+
+
+def test_a_new_writer_that_is_given_is_as_a_path(tmp_path, backend):
+    states = session(tmp_path / "run", 6, 1.0, backend=backend)
+    time.sleep(1.1)  # its file is opened before it is known that it goes on
+    with bthooks.make_writer(tmp_path, "run", backend=backend) as writer:
+        session(writer, 3, 2.0, state=states[4])
+        session(writer, 2, 2.0, state=states[5])
+    run = read(tmp_path)
+    assert run.files == 2
+    assert [step for step, _ in run.scalars["gradients/total_norm"]] == list(range(7))
 
 
 def test_alerts_of_what_is_superseded_are(tmp_path, backend, capsys):

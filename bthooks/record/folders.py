@@ -88,8 +88,8 @@ class Output:
         """The writer, or None."""
         return self.writer
 
-    def supersede(self, step: int) -> bool:
-        """Hide what is in the folder at `step` and after; whether it could be."""
+    def supersede(self, step: int, by: object) -> bool:
+        """Hide what is in the folder at `step` and after, for `by`; whether it could be."""
         return self.writer is None or supersede(self.writer, step)
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class Folder(Output):
         super().__init__(None)
         self.folder, self._opener = folder, opener
         self._lock, self._is_opening, self._is_closed = threading.RLock(), False, False
-        self._resumed: int | None = None  # where, before it was opened
+        self._resumed: dict[object, int] = {}  # by whom and where, before it was opened
         self._failed: Exception | None = None
 
     def may_move(self) -> bool:
@@ -127,25 +127,26 @@ class Folder(Output):
         if isinstance(self.folder, str) and self._failed is not None:
             raise self._failed  # another try may take minutes
         try:
-            if self._resumed is not None and not _comes_last(self.folder):
+            step = min(self._resumed.values(), default=None)
+            if step is not None and not _comes_last(self.folder):
                 ledger.warn_once(
                     "resume",
                     f"{self.folder} has an event file of a later time than this machine's: what it "
-                    f"holds of step {self._resumed} and after stays beside what is written now",
+                    f"holds of step {step} and after stays beside what is written now",
                 )
             writer = self._opener()
         except Exception as error:
             self._failed = error
             raise
-        if self._resumed is not None:
-            supersede(writer, self._resumed)
+        if step is not None:
+            supersede(writer, step)
         self.writer = writer
 
-    def supersede(self, step: int) -> bool:
+    def supersede(self, step: int, by: object) -> bool:
         if self.writer is None:
-            self._resumed = step
+            self._resumed[by] = step
             return True
-        return super().supersede(step)
+        return super().supersede(step, by)
 
     def close(self) -> None:
         self._is_closed = True

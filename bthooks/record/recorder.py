@@ -137,7 +137,7 @@ class Recorder:
         else:
             self._has_layout = False
             with self._ledger.guard("resume"):
-                if not self.output.supersede(step) and wrote and is_main_rank():
+                if not self.output.supersede(step, self) and wrote and is_main_rank():
                     why = "the writer is no SummaryWriter: what it wrote"
         if why:
             self._ledger.warn_once(

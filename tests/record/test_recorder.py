@@ -183,6 +183,37 @@ def test_a_new_writer_that_is_given_is_as_a_path(tmp_path, backend):
     assert [step for step, _ in run.scalars["gradients/total_norm"]] == list(range(7))
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_that_resume_go_on_each_from_its_step(first, tmp_path, backend):
+    models, prefixes = [nn.Linear(2, 2), nn.Linear(2, 2)], "ab"
+    optimizers = [torch.optim.SGD(model.parameters(), 1e-9) for model in models]
+
+    def train(counts, states=None):
+        options = {"backend": backend, "every": 1}
+        handles = [
+            attach(model, tmp_path, prefix=prefix, **options)
+            for model, prefix in zip(models, prefixes, strict=True)
+        ]
+        for at in (first, 1 - first) if states else ():
+            handles[at].load_state_dict(states[at])
+        for model, optimizer, count in zip(models, optimizers, counts, strict=True):
+            for _ in range(count):
+                model(torch.ones(1, 2)).sum().backward()
+                optimizer.step()
+        found = [handle.state_dict() for handle in handles]
+        for handle in handles:
+            handle.detach()
+        return found
+
+    states = train((2, 3))
+    train((2, 2), states)
+    train((3, 2), states)
+    run = read(tmp_path)
+    assert run.files == 3
+    steps = [[s for s, _ in run.scalars[f"{one}/gradients/total_norm"]] for one in prefixes]
+    assert steps == [[0, 1, 2, 3, 4], [0, 1, 3, 4]]  # the mark knows no tags: 2 of b is hidden
+
+
 def test_alerts_of_what_is_superseded_are(tmp_path, backend, capsys):
     options = {"backend": backend, "thresholds": bthooks.Thresholds(exploding=100.0)}
     states = session(tmp_path, 4, 1.0, **options)

@@ -69,19 +69,28 @@ def attach(
     | `attention/mean_entropy` | nats, mean over the layers |
     | `attention/head_entropy` | image, layers x heads, at the cadence of histograms |
     | `attention/healthy_entropy/low`, `attention/healthy_entropy/high` | 0.5 and 2 nats |
-    | `gradients/norm/<parameter>` | L2 norm of the gradient that the optimizer applied |
+    | `gradients/norm/<parameter>` | L2 norm of the gradient that the optimizer was given |
     | `gradients/layer_mean/<module>`, `gradients/total_norm` | as in `log_gradients` |
     | `gradients/total_norm_before_clip` | the same at the end of backward(), the loss unscaled |
     | `gradients/skipped_steps` | optimizer steps that a `torch.amp.GradScaler` skipped so far |
     | `gradients/update_ratio/<parameter>` | change / size of the parameter, L2 ("updates") |
     | `learning_rate/<group>`, `learning_rate/<optimizer>/<group>` | the rate used for this step |
+    | `learning_rate/effective/<group>` | `d * lr`, where the optimizer estimates a `d` |
     | `uncertainty/<kind>`, `uncertainty/distribution/<kind>` | of what the model's output holds |
     | `parameters/<name>`, `gradients/distribution/<name>` | histograms |
     | `activations/<module>` | histograms ("activations") |
     | `health/nonfinite/<kind>/<name>` | values in a histogram that were not finite, unless none |
     | `health/<condition>` | fraction of the layers, heads, ... that are in it; see `Alert` |
     | `health/alerts` | text: what began to be wrong, where and by how much; what is over |
-    | `val/...` | the same of the first forward in eval mode after a step |
+    | `val/...` | the same of a validation pass, at the number of the step just done |
+
+    The gradient is read immediately before the update: accumulated, reduced, unscaled, clipped;
+    with a closure after its last return; of an optimizer that steps others, what those were given.
+    Optimizers that step within one backward pass are one step, and write one rate for each value.
+    A validation pass is all forwards in eval mode between two steps: its uncertainty is the mean
+    over them, the rest of the first one. Before any step it is at the first step's number, if the
+    model is attached in training mode; else these forwards are inference, a step each. Forwards
+    without grad in training mode belong to no step.
 
     >>> model = nn.Linear(2, 2)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

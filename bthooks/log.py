@@ -54,6 +54,7 @@ def log_learning_rate(
     | tag | what |
     | --- | --- |
     | `learning_rate/<group>` | by the group's name, where it has one, else by its index |
+    | `learning_rate/effective/<group>` | `d * lr`, where the optimizer estimates a `d` |
 
     >>> log_learning_rate(writer, torch.optim.SGD([torch.zeros(1)], lr=0.1), step=0)
     """

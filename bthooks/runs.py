@@ -103,9 +103,7 @@ class Run:
     """What is in force in the event files of one directory: of a step done twice, the later."""
 
     name: str
-    scalars: dict[str, Points[float]] = field(
-        default_factory=dict
-    )  # by tag, of those that are told
+    scalars: dict[str, Points[float]] = field(default_factory=dict)  # by tag, those that are told
     others: dict[str, int] = field(default_factory=dict)  # the last step of every other scalar
     texts: dict[str, Points[str]] = field(default_factory=dict)  # tag -> steps, alerts
     ended: float = 0.0  # in seconds

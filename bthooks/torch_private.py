@@ -337,17 +337,11 @@ def storage_of(tensor: Tensor) -> tuple[int, torch.UntypedStorage] | None:
 
 def backward_pass() -> int | None:
     """The number of the backward pass that runs in this thread.
-    Nothing public tells. `_current_graph_task_id`, torch <= 2.11. Renamed: an error. Not behind
-    `_private`: it is asked at each step of each optimizer."""
+    A forward that runs within one is recomputed. Nothing public tells. `_current_graph_task_id`,
+    torch <= 2.11. Renamed: an error. Not behind `_private`: it is asked at each step of each
+    optimizer."""
     number = torch._C._current_graph_task_id()
     return None if number == -1 else number
-
-
-@_private
-def is_in_backward() -> bool:
-    """Whether a backward pass runs in this thread: a forward in it is one that is recomputed.
-    Nothing public tells. `_current_graph_task_id`, torch <= 2.11. Renamed: an error."""
-    return torch._C._current_graph_task_id() != -1
 
 
 @_private

@@ -27,6 +27,26 @@ _NO_MAP = (
     "module around them did"
 )
 
+PATIENCE = 100  # training forwards without a step before it is said
+NO_STEP = (
+    "no torch.optim.Optimizer that holds a parameter of the model has stepped in "
+    f"{PATIENCE} training forwards: nothing of training is written before one does; attach to the "
+    "module that is trained, or call handle.advance() after each step"
+)
+UNSEEN_STEP = (
+    "the parameters change, but no torch.optim.Optimizer that holds them was seen to step, as "
+    "where its step is compiled: call handle.advance() after each step"
+)
+UNSEEN_TRAINING = (
+    "the parameters changed, and no forward and no step of an optimizer was seen: of a training "
+    "step that is compiled as a whole, or replayed as a CUDA graph, nothing is; compile the model "
+    "alone, or call handle.advance() after each step"
+)
+CAPTURED = (
+    "its step is captured in a CUDA graph, of which nothing is seen: call handle.advance() after "
+    "each replay"
+)
+
 
 def unseen(
     root: nn.Module | None, wanted: Wanted, ledger: Ledger, calls: int, steps: int
@@ -41,7 +61,10 @@ def unseen(
         in_place = root is not None and is_compiled_in_place(root)
     forward = _IN_PLACE if in_place else "" if calls else _NOT_CALLED
     step = "" if steps else "no optimizer that holds a parameter of the model has stepped"
-    attention = "no attention was recognised in the observed forwards"
+    attention = (
+        "no attention was recognised in the observed forwards; one without grad in training mode "
+        "belongs to no step and is not observed"
+    )
     if compiled:
         attention += f"; {', '.join(compiled[:4])}{', ...' * (len(compiled) > 4)}: {_COMPILED}"
     keys = ", ".join(key for names in KEYS.values() for key in names)

@@ -9,22 +9,19 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 from torch.utils.data import get_worker_info
 
 from .capture.calls import calls_of
 from .capture.forward import ObservedForward, uncertainty_of
 from .capture.gradients import Gradients
 from .capture.optimizers import Known, Optimizers, Probe
+from .capture.steps import listen, unlisten
 from .capture.wanted import Wanted
 from .measure.readings import Readings
 from .measure.uncertainty import mc_dropout
@@ -35,16 +32,12 @@ from .schedule import BY_HAND, Schedule, Slot
 from .torch_private import (
     backward_pass,
     calls_on_stack,
-    hide_from_script,
-    is_captured,
     is_running,
     is_traced,
     steps_on_stack,
     without_modes,
 )
-from .unseen import say_absent
-
-_PATIENCE = 100  # training forwards without a step before it is said
+from .unseen import CAPTURED, NO_STEP, PATIENCE, UNSEEN_STEP, UNSEEN_TRAINING, say_absent
 
 
 class Wiring:
@@ -74,12 +67,9 @@ class Wiring:
         self._handled: BaseException | None = None
         self.is_on = True
         self._hooks = calls_of(model, self._before_forward, self._after_forward)
-        _listeners.append(self)
-        if not _hooks:
-            _hooks.append(register_optimizer_step_pre_hook(_before_step).remove)
-            _hooks.append(register_optimizer_step_post_hook(_after_step).remove)
-            with ledger.guard("torch.jit.script"):
-                _hooks.append(hide_from_script())
+        with ledger.guard("torch.jit.script"):
+            self._hooks.hide()
+        listen(self)
         self._watch()
         self._changed(model)
 
@@ -114,17 +104,17 @@ class Wiring:
         # A forward that another thread runs ends with a hook, which then takes itself off.
         if self._forward is None or self._forward.thread == threading.get_ident():
             self._hooks.remove()
-        _listeners.remove(self)
-        if not _listeners and not steps_on_stack():
-            for remove in _hooks:
-                remove()
-            _hooks.clear()
+        unlisten(self)
         self._gradients.unwatch()
         self._gradients.ended()
         self._close_forward()
         self.flush()
         self._say_absent()
-        self._say_unseen()
+        root = self.root()
+        if root is not None and not (self.calls or self.schedule.steps):
+            with self.ledger.guard("parameters"):
+                if bool(self._changed(root)):
+                    self.ledger.warn_once("optimizer", UNSEEN_TRAINING)
         self._step = None
 
     def _before_forward(self, root: nn.Module, *given: Any) -> None:
@@ -144,8 +134,8 @@ class Wiring:
             slot = self.schedule.eval_forward()
         elif torch.is_grad_enabled():
             slot = self.schedule.training_forward()
-            if self.schedule.forwards == _PATIENCE:
-                self._say_no_step()
+            if self.schedule.forwards == PATIENCE and not (self.schedule.steps or steps_on_stack()):
+                self.ledger.warn_once("optimizer", NO_STEP)
         else:
             return  # a rollout, a reference pass: it belongs to no step
         if slot is None or not self.is_on:  # the cadence, which is the user's, has detached
@@ -203,11 +193,10 @@ class Wiring:
         validation = self._validation
         if validation is None or root.training or "uncertainty" not in self.wanted.kinds:
             return
-        if is_running(mc_dropout) or is_traced() or calls_on_stack(root) > 1:
-            return
-        further = uncertainty_of(output, validation.histograms, self.ledger)
         with self.ledger.guard("uncertainty"):
-            validation.readings.merge(further)
+            if not (is_running(mc_dropout) or is_traced() or calls_on_stack(root) > 1):
+                further = uncertainty_of(output, validation.histograms, self.ledger)
+                validation.readings.merge(further)
 
     def _close_forward(self) -> None:
         """Close the forward that is observed in this thread."""
@@ -227,11 +216,7 @@ class Wiring:
         # LBFGS moves them too, between the calls of its closure.
         if self._moves < 2 or steps_on_stack():
             return False
-        self.ledger.warn_once(
-            "optimizer",
-            "the parameters change, but no torch.optim.Optimizer that holds them was seen to step, "
-            "as where its step is compiled: call handle.advance() after each step",
-        )
+        self.ledger.warn_once("optimizer", UNSEEN_STEP)
         self.schedule.moved_unseen()
         return True
 
@@ -250,7 +235,7 @@ class Wiring:
         known, root = self._find(optimizer), self.root()
         if known is None or root is None:
             return
-        backward = backward_pass()
+        backward = self._backward()
         due = self.schedule.optimizer_begins(known.numbers(), backward)
         if any(due):
             if is_outermost and backward is None:
@@ -275,7 +260,7 @@ class Wiring:
 
     def count(self, stepped: Sequence[Known] = ()) -> None:
         """Optimizers have stepped together; none: it is told by hand."""
-        schedule, optimizers, backward = self.schedule, self._optimizers, backward_pass()
+        schedule, optimizers, backward = self.schedule, self._optimizers, self._backward()
         numbers = [n for known in stepped for n in known.numbers()] if stepped else [BY_HAND]
         begins = schedule.begins_step(numbers, backward)
         if begins:
@@ -343,80 +328,15 @@ class Wiring:
     def _say_absent(self) -> None:
         say_absent(self.root(), self.wanted, self.ledger, self.calls, self.schedule.steps)
 
-    def _say_no_step(self) -> None:
-        if self.schedule.steps or steps_on_stack():
-            return
-        self.ledger.warn_once(
-            "optimizer",
-            f"no torch.optim.Optimizer that holds a parameter of the model has stepped in "
-            f"{_PATIENCE} training forwards: nothing of training is written before one does; "
-            "attach to the module that is trained, or call handle.advance() after each step",
-        )
-
-    def _say_unseen(self) -> None:
-        """Say that training was not seen at all, if the parameters have changed."""
-        root = self.root()
-        if root is None or self.calls or self.schedule.steps:
-            return
-        changed = False
-        with self.ledger.guard("parameters"):
-            changed = bool(self._changed(root))
-        if changed:
-            self.ledger.warn_once(
-                "optimizer",
-                "the parameters changed, and no forward and no step of an optimizer was seen: of "
-                "a training step that is compiled as a whole, or replayed as a CUDA graph, nothing "
-                "is; compile the model alone, or call handle.advance() after each step",
-            )
-
-    def say_captured(self, optimizer: Optimizer) -> None:
+    def optimizer_captured(self, optimizer: Optimizer) -> None:
         """A step is recorded into a CUDA graph, of which ours must not become a part."""
         if self._find(optimizer) is not None:
-            self.ledger.warn_once(
-                "optimizer",
-                "its step is captured in a CUDA graph, of which nothing is seen: call "
-                "handle.advance() after each replay",
-            )
+            self.ledger.warn_once("optimizer", CAPTURED)
 
-
-# torch tells of the steps of all optimizers in one place, so all attachments listen through one
-# pair of hooks. torch walks over its hooks during a step: none may be taken off before that ends.
-_listeners: list[Wiring] = []
-_hooks: list[Callable[[], None]] = []
-
-
-# By thread: the optimizers whose steps run, each within the one before, with those that stepped in
-# it and step no other.
-_running: dict[int, list[tuple[Optimizer, list[Optimizer]]]] = {}
-
-
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    if is_captured():
-        for wiring in tuple(_listeners):
-            wiring.say_captured(optimizer)
-        return
-    running = _running.get(threading.get_ident())
-    if running is None:
-        running = _running[threading.get_ident()] = []
-    elif running:
-        del running[steps_on_stack() - 1 :]  # those that raised have had no second hook
-    for wiring in tuple(_listeners):
-        wiring.optimizer_begins(optimizer, is_outermost=not running)
-    running.append((optimizer, []))
-
-
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    running = _running.get(threading.get_ident())
-    inside: list[Optimizer] = []
-    if running and running[-1][0] is optimizer:
-        _, inside = running.pop()
-    elif is_captured():
-        return
-    for wiring in tuple(_listeners):
-        wiring.optimizer_ended(optimizer, inside, is_outermost=not running)
-    if running:
-        running[-1][1].extend(inside or [optimizer])
+    def _backward(self) -> int | None:
+        """The backward pass within which an optimizer steps."""
+        try:
+            return backward_pass()
+        except Exception as error:
+            self.ledger.failed("optimizers that step in backward()", error)
+            return None

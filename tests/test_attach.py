@@ -608,9 +608,9 @@ def test_attaching_again_replaces(tmp_path):
     train(model, sgd(model), 1)
     with pytest.warns(UserWarning, match="replaces the former"):
         second = attach(model, tmp_path / "run", every=1)
-    assert len(bthooks.wiring._listeners) == 1
+    assert len(bthooks.capture.steps._listeners) == 1
     other = attach(model, tmp_path / "other", every=1)
-    assert len(bthooks.wiring._listeners) == 2
+    assert len(bthooks.capture.steps._listeners) == 2
     second.detach()
     other.detach()
     first.detach()

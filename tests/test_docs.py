@@ -57,10 +57,16 @@ def model_with_gradients():
     return model
 
 
+def adapting(optimizer):
+    """One that estimates a `d`, as Prodigy does."""
+    optimizer.param_groups[0]["d"] = 1e-3
+    return optimizer
+
+
 CALLS = {
     "log_metrics": lambda w: bthooks.log_metrics(w, {"loss": 1.0}, 0),
     "log_learning_rate": lambda w: bthooks.log_learning_rate(
-        w, torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), 0
+        w, adapting(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)), 0
     ),
     "log_gradients": lambda w: bthooks.log_gradients(w, model_with_gradients(), 0),
     "log_attention_stats": lambda w: bthooks.log_attention_stats(
@@ -89,6 +95,7 @@ def attached(writer):
     model = Transformer()
     kinds = (*bthooks.capture.wanted.KINDS, *bthooks.capture.wanted.ON_REQUEST)
     optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.blocks, model.head)]
+    adapting(optimizers[0])
     scaler = torch.amp.GradScaler("cpu")
     with bthooks.attach(model, writer, capture=kinds) as handle:
         for optimizer in optimizers:

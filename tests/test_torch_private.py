@@ -394,18 +394,6 @@ def test_leaves_of():
     assert doubled == {"a": [2, (4, None)], "b": Pair(6, Registered(8))}
 
 
-def test_is_in_backward():
-    seen = []
-
-    def forward(x):
-        seen.append(room.is_in_backward())
-        return x.exp()
-
-    checkpoint(forward, torch.ones(2, requires_grad=True), use_reentrant=False).sum().backward()
-    assert seen == [False, True]
-    assert not room.is_in_backward()
-
-
 def test_after_backward():
     order = []
     first, last = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
@@ -454,6 +442,14 @@ def test_backward_pass():
     assert None not in numbers
     assert first != second
     assert room.backward_pass() is None
+    numbers.clear()
+
+    def forward(x):
+        numbers.append(room.backward_pass())
+        return x.exp()
+
+    checkpoint(forward, torch.ones(2, requires_grad=True), use_reentrant=False).sum().backward()
+    assert [number is None for number in numbers] == [True, False]
 
 
 def test_is_captured():

@@ -19,11 +19,11 @@ from ..measure.outputs import tensors_in
 from ..report import Ledger
 from ..torch_private import (
     as_outside_modes,
+    backward_pass,
     call_of,
     dispatch_mode,
     has_values,
     innermost,
-    is_in_backward,
     leave,
     own_tensors,
     without_modes,
@@ -66,7 +66,7 @@ class AttentionMode:
         self._paths, self._found, self._rows, self._ledger = paths, found, rows, ledger
         self._calls: dict[nn.Module, _Call] = {}  # the last one that ran a map
         self._provenance = Provenance(*own_tensors(paths), self._map, rows)
-        self._recomputes = is_in_backward()  # reentrant checkpointing around the whole model
+        self._backward = backward_pass()  # reentrant checkpointing around the whole model
         self._mode = dispatch_mode(self._dispatch)
         self._mode.__enter__()
 
@@ -123,7 +123,9 @@ class AttentionMode:
             self._map(found, doubt)
 
     def _map(self, sums: Tensor, doubt: Doubt | None = None) -> None:
-        if self._recomputes != is_in_backward():  # checkpointing: it was seen already
+        if (self._backward is None) != (
+            backward_pass() is None
+        ):  # checkpointing: it was seen already
             return
         module = innermost(self._paths)
         number = 0 if module is None else self._number(module)

@@ -10,7 +10,11 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
-from ..torch_private import Hook
+from ..torch_private import Hook, hide_from_script
+
+# Those whose hooks torch.jit.script is to pass over, and what ends that once there is none.
+_hidden: list["Calls"] = []
+_ends: list[Callable[[], None]] = []
 
 
 class Calls:
@@ -27,6 +31,12 @@ class Calls:
         self._before = Hook(before).put(root.register_forward_pre_hook, "with_kwargs")
         self._after = Hook(after).put(root.register_forward_hook, "always_call")
 
+    def hide(self) -> None:
+        """Let torch.jit.script pass over the hooks, until `remove`."""
+        if not _ends:
+            _ends.append(hide_from_script())
+        _hidden.append(self)
+
     def stop(self) -> None:
         """No call is told of any more; that one that runs ends is."""
         self._before.remove()
@@ -36,6 +46,10 @@ class Calls:
         self.stop()
         if self._after is not None:
             self._after.remove()
+        if self in _hidden:
+            _hidden.remove(self)
+        if _ends and not _hidden:
+            _ends.pop()()
 
 
 class CallsOfLayer(Calls):

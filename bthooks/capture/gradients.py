@@ -8,6 +8,7 @@ the backward pass, behind the reductions of DDP and FSDP2.
 """
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -120,8 +121,17 @@ class Gradients:
                     with self._ledger.guard(f"update of {name}"):
                         self._former[name] = named[name].detach().clone()
             read = functools.partial(self._read, named, optimizer, scalars, histograms)
-            hook = functools.partial(_before_update, read)
+            hook = functools.partial(self._before_update, read)
             self._hooks.append(optimizer.register_step_pre_hook(hook))
+
+    def _before_update(
+        self, read: Callable[[], None], optimizer: Optimizer, args: Any, kwargs: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The last hook before a step, which may give it other arguments."""
+        read()
+        with self._ledger.guard("closure of the optimizer"):
+            return _with_closure(read, optimizer, args, kwargs)
+        return None
 
     def _read(
         self,
@@ -131,24 +141,27 @@ class Gradients:
         histograms: bool,
     ) -> None:
         """Read what `optimizer` is given now, in place of what was read before."""
-        loss, given, gradients = LossScale.of(optimizer), self._given, _gradients_of(named)
+        given, kinds, loss = self._given, self._wanted.kinds, LossScale(None, None)
+        gradients = _gradients_of(named)
+        with self._ledger.guard("loss scale"):
+            loss = LossScale.of(optimizer)
         self._losses |= dict.fromkeys(named, loss)
         for name in named:
             given.norms.pop(name, None)
             given.histograms.pop(Drawn("gradients", name), None)
-        with self._ledger.guard("gradients"):
+        with self._ledger.guard("learning rate"):
             if scalars and optimizer is not None:
                 self._rates[optimizer] = rates_of(optimizer)
-            if scalars and "gradients" in self._wanted.kinds:
+        with self._ledger.guard("gradients"):
+            if scalars and "gradients" in kinds:
                 given.norms |= loss.unscaled(self._norms(gradients))
                 before = {n: self._before_clip.pop(n) for n in named if n in self._before_clip}
                 given.norms_before_clip |= loss.applied(before)
-        if histograms and "histograms" in self._wanted.kinds:
-            for name, gradient in gradients.items():
-                with self._ledger.guard(f"histogram of the gradient of {name}"):
-                    if not is_sharded(gradient):
-                        found = loss.histogram(readable(gradient))
-                        given.histograms[Drawn("gradients", name)] = found
+        for name, gradient in gradients.items() if histograms and "histograms" in kinds else ():
+            with self._ledger.guard(f"histogram of the gradient of {name}"):
+                if not is_sharded(gradient):
+                    found = loss.histogram(readable(gradient))
+                    given.histograms[Drawn("gradients", name)] = found
 
     def stepped(self, optimizer: Optimizer) -> None:
         """The step of `optimizer`, which stepped no other, has ended: it may have set its rate."""
@@ -291,16 +304,19 @@ def _gradients_of(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: p.grad for name, p in named.items() if p.grad is not None}
 
 
-def _before_update(
+def _with_closure(
     read: Callable[[], None], optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The last hook before an optimizer's step, which may give it other arguments."""
-    read()
-    given = dict(enumerate(args)) | kwargs
-    place = next((key for key in ("closure", 1) if callable(given.get(key))), None)
-    if place is None:
+    """The arguments of a step with a closure after whose return `read` is called; None without."""
+    # By its name: another argument may be a module, which is callable too.
+    names = [*inspect.signature(type(optimizer).step).parameters]
+    name = next((name for name in names if "closure" in name), None)
+    if name is None:
         return None
-    closure = given[place]
+    place = names.index(name)
+    closure = args[place] if place < len(args) else kwargs.get(name)
+    if not callable(closure):
+        return None
 
     @functools.wraps(closure, updated=())
     def reading(*its_args: Any, **its_kwargs: Any) -> Any:
@@ -308,6 +324,6 @@ def _before_update(
         read()
         return loss
 
-    if place == 1:
-        return (args[0], reading, *args[2:]), kwargs
-    return args, kwargs | {"closure": reading}
+    if place < len(args):
+        return (*args[:place], reading, *args[place + 1 :]), kwargs
+    return args, kwargs | {name: reading}

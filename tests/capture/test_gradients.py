@@ -231,6 +231,38 @@ def test_a_fused_optimizer_that_was_told_of_a_loss_scale_by_hand(overflows, tmp_
     assert drawn[0][1].sum_squares ** 0.5 == pytest.approx(run.value("gradients/norm/0.weight", 0))
 
 
+class Odd(OwnOptimizer):
+    """Its step takes a module, which is callable; it has an attribute that fused ones have."""
+
+    grad_scale = "dynamic"
+
+    def step(self, model, closure_of=None):
+        assert isinstance(model, nn.Module)
+        super().step(closure_of)
+
+    def update(self, p, lr):
+        p.sub_(p.grad, alpha=lr)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_what_a_step_is_given_reaches_it_as_it_is(closure, tmp_path):
+    model, expected = network(), []
+    optimizer = Odd(model.parameters(), 0.1)
+
+    def backward():
+        optimizer.zero_grad()
+        model(data(0)).square().mean().backward()
+        expected.append(math.hypot(*(norm(p.grad) for p in model.parameters())))
+
+    with attach(model, tmp_path, every=1):
+        for _ in range(2):
+            if not closure:
+                backward()
+            optimizer.step(model, closure_of=backward if closure else None)
+    found = [value for _, value in read(tmp_path).scalars["gradients/total_norm"]]
+    assert found == pytest.approx(expected)
+
+
 def before_clip(directory):
     return read(directory).scalars.get("gradients/total_norm_before_clip", [])
 

@@ -311,8 +311,8 @@ def log_hparams(
     In the run's own event file, with no sub-run. Numbers, bools and strings are kept, None is left
     out, anything else (and inf and NaN, which the tab can't show) is written as its `str`. The
     HParams tab has a column for each hyperparameter of any run in the folder, and offers each
-    scalar of these runs as a metric, of which it shows the first five until another is ticked. Where `add_hparams` is not the backend's own (a tracker has
-    replaced it), it is called.
+    scalar of these runs as a metric; it shows the first five until others are ticked. Where
+    `add_hparams` is not the backend's own (a tracker has replaced it), it is called.
 
     | tag | what |
     | --- | --- |

@@ -27,7 +27,7 @@ class Ledger:
 
     def __init__(self, strict: bool) -> None:
         self._strict = strict  # raise what fails instead of warning of it
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()  # several threads may run one model, or flush
         self._captured: dict[str, dict[str, None]] = {}
         self._said: dict[str, str] = {}
 
@@ -62,7 +62,7 @@ class Ledger:
     @contextlib.contextmanager
     def guard(self, site: str) -> Iterator[None]:
         """Keep what fails inside from the training step: it is said, once."""
-        with self._lock:  # several threads may run one model
+        with self.lock:
             try:
                 yield
             except Exception as error:

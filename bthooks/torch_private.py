@@ -208,6 +208,15 @@ def dispatch_mode(handle: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any])
 
 
 @_private
+def is_entered(mode: Any) -> bool:
+    """Whether `mode` is on the stack of modes: while it handles an operator, and in
+    `without_modes`, it is off it, and `leave` does nothing. Nothing public tells, torch <= 2.14."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    return any(entered is mode for entered in _get_current_dispatch_mode_stack())
+
+
+@_private
 def leave(mode: Any) -> None:
     """Take `mode` off the stack of modes, also from below others that an exception left behind.
     Publicly modes are only left in their order. As `without_modes`, torch <= 2.11, and an error."""

@@ -27,6 +27,7 @@ from .measure.readings import Readings
 from .measure.uncertainty import mc_dropout
 from .record.recorder import Pending, Recorder
 from .record.transfer import Transfer
+from .record.turns import put_off, turn
 from .report import Ledger
 from .schedule import BY_HAND, Schedule, Slot
 from .torch_private import (
@@ -86,11 +87,14 @@ class Wiring:
 
     def flush(self) -> None:
         """Hand over all that was observed, also of a step that is not over, and write it."""
-        pool, self._pool, self._validation = self._pool, None, None
-        if pool is not None and (slot := self.schedule.flush()) is not None:
-            self.recorder.add(Pending(slot.step, *slot.due, readings=pool))
-        elif pool is not None and self._step is not None:
-            self._step.readings.merge(pool)
+        if put_off(self.flush):
+            return
+        with turn(), self.ledger.lock:
+            pool, self._pool, self._validation = self._pool, None, None
+            if pool is not None and (slot := self.schedule.flush()) is not None:
+                self.recorder.add(Pending(slot.step, *slot.due, readings=pool))
+            elif pool is not None and self._step is not None:
+                self._step.readings.merge(pool)
         self.recorder.flush(self._step)  # in which another optimizer may still step
 
     def resume(self) -> None:
@@ -100,14 +104,18 @@ class Wiring:
     def off(self) -> None:
         """Take everything off the model, the optimizers and torch; write what is left."""
         self.is_on = False
+        if put_off(self.off):
+            return
         self._hooks.stop()
-        # A forward that another thread runs ends with a hook, which then takes itself off.
-        if self._forward is None or self._forward.thread == threading.get_ident():
+        # A forward that another thread runs, or in the middle of whose capture a signal's handler
+        # detaches, ends with a hook, which then takes itself off.
+        running = self._forward
+        if running is None or (running.thread == threading.get_ident() and running.can_close()):
             self._hooks.remove()
+            self._close_forward()
         unlisten(self)
         self._gradients.unwatch()
         self._gradients.ended()
-        self._close_forward()
         self.flush()
         self._say_absent()
         root = self.root()
@@ -138,9 +146,11 @@ class Wiring:
                 self.ledger.warn_once("optimizer", NO_STEP)
         else:
             return  # a rollout, a reference pass: it belongs to no step
-        if slot is None or not self.is_on:  # the cadence, which is the user's, has detached
+        if slot is None:
             return
-        with self.ledger.guard("forward"):
+        with self.ledger.guard("forward"), turn():
+            if not self.is_on:  # the cadence, which is the user's, has detached
+                return
             if not slot.validation and self._moved_unseen(root):
                 return
             elsewhere = self._forward is not None and self._forward.is_alive()
@@ -164,7 +174,7 @@ class Wiring:
         if self._depth:
             self._depth -= 1
             return
-        with self.ledger.guard("forward"):
+        with self.ledger.guard("forward"), turn():
             handled = self._handled
             self._close_forward()
             if not self.is_on:
@@ -190,13 +200,13 @@ class Wiring:
 
     def _validate_further(self, root: nn.Module, output: Any) -> None:
         """A further forward of a validation pass has ended: its uncertainty counts."""
-        validation = self._validation
-        if validation is None or root.training or "uncertainty" not in self.wanted.kinds:
+        pending = self._validation
+        if pending is None or root.training or "uncertainty" not in self.wanted.kinds:
             return
-        with self.ledger.guard("uncertainty"):
+        with self.ledger.guard("uncertainty"), turn():
             if not (is_running(mc_dropout) or is_traced() or calls_on_stack(root) > 1):
-                further = uncertainty_of(output, validation.histograms, self.ledger)
-                validation.readings.merge(further)
+                further = uncertainty_of(output, pending.histograms, self.ledger)
+                pending.readings.merge(further)
 
     def _close_forward(self) -> None:
         """Close the forward that is observed in this thread."""
@@ -238,9 +248,11 @@ class Wiring:
         backward = self._backward()
         due = self.schedule.optimizer_begins(known.numbers(), backward)
         if any(due):
-            if is_outermost and backward is None:
-                self._gradients.forget_names()
-            self._gradients.begins(root, optimizer, **due._asdict())
+            with turn():
+                if is_outermost and backward is None:
+                    self._gradients.forget_names()
+                if self.is_on:
+                    self._gradients.begins(root, optimizer, **due._asdict())
 
     def optimizer_ended(
         self, optimizer: Optimizer, inside: list[Optimizer], is_outermost: bool
@@ -272,18 +284,19 @@ class Wiring:
             self._gradients.forget_names()
             optimizers.forget()
         first, *others = map(optimizers.number, stepped) if stepped else (BY_HAND,)
-        slot = schedule.optimizer_ends(first, begins, backward, optimizers.count)
-        for number in others:
-            schedule.optimizer_ends(number, False, backward, optimizers.count)
-        if not self.is_on:  # the cadence has detached
-            return
-        if slot is not None:
-            self._step = Pending(slot.step, *slot.due, stepped=True)
-            self.recorder.add(self._step)
-        if self._step is not None or self._pool is not None:
-            self._measure(stepped, begins, backward)
-        if schedule.watches != self._gradients.is_watching:
-            self._watch()
+        with turn(), self.ledger.lock:
+            slot = schedule.optimizer_ends(first, begins, backward, optimizers.count)
+            for number in others:
+                schedule.optimizer_ends(number, False, backward, optimizers.count)
+            if not self.is_on:  # the cadence, which is the user's, has detached
+                return
+            if slot is not None:
+                self._step = Pending(slot.step, *slot.due, stepped=True)
+                self.recorder.add(self._step)
+            if self._step is not None or self._pool is not None:
+                self._measure(stepped, begins, backward)
+            if schedule.watches != self._gradients.is_watching:
+                self._watch()
 
     def _measure(self, stepped: Sequence[Known], begins: bool, backward: int | None) -> None:
         pool, self._pool = self._pool, None

@@ -526,6 +526,23 @@ def test_dispatch_mode():
         torch.testing.assert_close(compiled(x), x.sin() + 1)
 
 
+def test_is_entered():
+    seen = []
+
+    def handle(func, args, kwargs):
+        seen.append(room.is_entered(mode))
+        return func(*args, **kwargs)
+
+    mode = room.dispatch_mode(handle)
+    assert not room.is_entered(mode)
+    with mode, Watch():
+        assert room.is_entered(mode)
+        torch.ones(1)
+        with room.without_modes():
+            assert not room.is_entered(mode)
+    assert seen == [False]
+
+
 def test_leave():
     class Other(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

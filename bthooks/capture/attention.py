@@ -24,6 +24,7 @@ from ..torch_private import (
     dispatch_mode,
     has_values,
     innermost,
+    is_entered,
     leave,
     own_tensors,
     without_modes,
@@ -69,6 +70,10 @@ class AttentionMode:
         self._backward = backward_pass()  # reentrant checkpointing around the whole model
         self._mode = dispatch_mode(self._dispatch)
         self._mode.__enter__()
+
+    def can_leave(self) -> bool:
+        """Whether it is not in the middle of looking at an operator."""
+        return is_entered(self._mode)
 
     def leave(self) -> None:
         """Stop, and let go of the model."""

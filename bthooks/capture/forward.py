@@ -76,6 +76,10 @@ class ObservedForward:
         """Whether the thread that opened it still runs."""
         return any(thread.ident == self.thread for thread in threading.enumerate())
 
+    def can_close(self) -> bool:
+        """Whether it is not in the middle of looking at an operator."""
+        return self._mode is None or self._mode.can_leave()
+
     def close(self) -> None:
         """Take everything off again."""
         mode, self._mode = self._mode, None

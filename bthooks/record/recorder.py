@@ -6,7 +6,6 @@ what a flush in the middle of a step has written is not written again.
 
 import contextlib
 import math
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -52,7 +51,6 @@ class Recorder:
         # The step last written, and whether a kill would still lose it, or those before.
         self._unsettled: tuple[int, Callable[[], bool]] | None = None
         self._lost: list[int] = []  # the steps that could not be written
-        self._lock = threading.RLock()
         self._last: dict[str, int] = {}  # by tag: the step last written
         self._has_layout = False
         _recorders.append(self)
@@ -74,18 +72,18 @@ class Recorder:
             return
         if put_off(partial(self.send, wait)):
             return
-        with turn(), self._lock:  # several threads may run one model: their steps in order
+        with turn(), self._ledger.lock:
             self._send(wait)
-        with self._lock:
+        with self._ledger.lock:
             self.alerts.tell()
 
-    def _send(self, wait: bool) -> None:
+    def _send(self, wait: bool, goes_on: Pending | None = None) -> None:
         unsettled, self._unsettled = self._unsettled, None
         if unsettled is not None:
             step, is_settled = unsettled
             with self._losing(step):
                 self._unsettled = None if is_settled() else unsettled
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting = self._waiting, [goes_on] if goes_on is not None else []
         wait_for = len(self._leaving) if waiting else 0
         for pending in waiting:
             readings, pending.readings = pending.readings, Readings()
@@ -111,16 +109,18 @@ class Recorder:
 
     def flush(self, goes_on: Pending | None = None) -> None:
         """Write what waits, to the disk; to a step that `goes_on` more may come."""
-        self.send(wait=True)
+        if not self.output.is_here():
+            return
         if put_off(partial(self.flush, goes_on)):
             return
-        writer = self.output.writer
-        is_open = writer is not None and self.output.is_here() and is_main_rank()
-        if is_open and not self._lost:
-            with turn(), self._lock, self._losing(None):
-                flush(writer)
-        if goes_on is not None:
-            self.add(goes_on)
+        with turn(), self._ledger.lock:
+            self._send(True, goes_on)
+            writer = self.output.writer
+            if writer is not None and is_main_rank() and not self._lost:
+                with self._losing(None):
+                    flush(writer)
+        with self._ledger.lock:
+            self.alerts.tell()
 
     def resume(self, step: int) -> None:
         """Go on at `step`: what is in the folder at it and after is superseded.

@@ -206,8 +206,8 @@ class Softmax(nn.Module):
 @pytest.mark.usefixtures("inductor")
 @pytest.mark.parametrize("kind", ["fused", "explicit"])
 def test_inductor_keeps_its_graph_and_what_it_fuses_away_is_said(kind, tmp_path):
-    inner = Transformer().eval() if kind == "fused" else nn.Sequential(Softmax())
-    model = torch.compile(inner)
+    inner = Transformer() if kind == "fused" else nn.Sequential(Softmax())
+    model = torch.compile(inner.eval())
     x, _ = batch(0)
     with torch.no_grad():
         plain = model(x)

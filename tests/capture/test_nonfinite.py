@@ -420,6 +420,7 @@ def test_in_any_kind_of_forward(how):
     elif how == "checkpointed":
         inner = model[1].forward
         model[1].forward = lambda x: checkpoint(inner, x, use_reentrant=False)
+    run.train(how != "inference")
     with bthooks.attach(run, None) as handle:
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast")
         with autocast, torch.inference_mode(how == "inference"):

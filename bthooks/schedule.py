@@ -134,6 +134,17 @@ class Schedule:
             return backward != self._backward and (again or self._is_fresh)
         return again or not self._stepped
 
+    def goes_on(self, number: int, backward: int | None) -> bool:
+        """Whether an optimizer's step, of many in one backward pass, changes nothing here.
+
+        Where each parameter has an optimizer it is asked for all but the first: what else is done
+        at a step, 4 us, would be felt. A number below 0 is of none that has stepped before.
+        """
+        if number < 0 or backward is None or backward != self._backward or self.is_near:
+            return False
+        self._stepped.add(number)
+        return True
+
     def optimizer_begins(self, numbers: Collection[int], backward: int | None = None) -> Due:
         """An optimizer's step begins: what is due at the step that it belongs to."""
         return self._due_next if self.begins_step(numbers, backward) else self.due

@@ -21,6 +21,8 @@ NONE = -2  # the number of an optimizer that has none
 class Known:
     """An optimizer that was seen to step, and what is known of it."""
 
+    __slots__ = ("held", "key", "number", "optimizer", "rivals", "wraps")
+
     def __init__(self, optimizer: Optimizer, is_gone: Callable[["Known"], None]) -> None:
         self.optimizer = weakref.ref(optimizer, lambda _: is_gone(self))
         self.key = id(optimizer)
@@ -59,6 +61,13 @@ class Optimizers:
             if root is not None:
                 self._look(known, optimizer, root)
         return known if known.held else None
+
+    def number_of(self, optimizer: Optimizer) -> int:
+        """The number of one that has stepped, and wraps no other; else `NONE`."""
+        known = self._known.get(id(optimizer))
+        if known is None or known.wraps or known.optimizer() is not optimizer:
+            return NONE
+        return known.number
 
     def number(self, known: Known) -> int:
         """The number of an optimizer that has stepped."""

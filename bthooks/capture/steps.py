@@ -35,7 +35,7 @@ class Listener(Protocol):
 
 # One pair of hooks for all attachments. torch walks over its hooks during a step: none may be
 # taken off before that ends.
-_listeners: list[Listener] = []
+_listeners: tuple[Listener, ...] = ()
 _hooks: list[Callable[[], None]] = []
 # By thread: the optimizers whose steps run, each within the one before, with those inside it.
 _running: dict[int, list[tuple[Optimizer, list[Optimizer]]]] = {}
@@ -43,7 +43,8 @@ _running: dict[int, list[tuple[Optimizer, list[Optimizer]]]] = {}
 
 def listen(listener: Listener) -> None:
     """Tell `listener` of all steps."""
-    _listeners.append(listener)
+    global _listeners
+    _listeners = (*_listeners, listener)
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before_step).remove)
         _hooks.append(register_optimizer_step_post_hook(_after_step).remove)
@@ -51,7 +52,8 @@ def listen(listener: Listener) -> None:
 
 def unlisten(listener: Listener) -> None:
     """Tell `listener` of no step any more."""
-    _listeners.remove(listener)
+    global _listeners
+    _listeners = tuple(other for other in _listeners if other is not listener)
     if not _listeners and not steps_on_stack():
         for remove in _hooks:
             remove()
@@ -62,7 +64,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
     if is_captured():
-        for listener in tuple(_listeners):
+        for listener in _listeners:
             listener.optimizer_captured(optimizer)
         return
     running = _running.get(threading.get_ident())
@@ -70,7 +72,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         running = _running[threading.get_ident()] = []
     elif running:
         del running[max(steps_on_stack() - 1, 0) :]  # those that raised have had no second hook
-    for listener in tuple(_listeners):
+    for listener in _listeners:
         listener.optimizer_begins(optimizer, is_outermost=not running)
     running.append((optimizer, []))
 
@@ -84,7 +86,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         _, inside = running.pop()
     elif is_captured():
         return
-    for listener in tuple(_listeners):
+    for listener in _listeners:
         listener.optimizer_ended(optimizer, inside, is_outermost=not running)
     if running:
         running[-1][1].extend(inside or [optimizer])

@@ -63,7 +63,7 @@ def write(writer: Any, event: Event, step: int) -> None:
     if put_off(partial(write, writer, event, step)):
         return
     try:
-        with turn():
+        with turn:
             _wait_until(hand_over(writer, event, step))
     except Removed as removed:  # a training step is no place to end for it
         if not was_told(writer):

@@ -72,7 +72,7 @@ class Recorder:
             return
         if put_off(partial(self.send, wait)):
             return
-        with turn(), self._ledger.lock:
+        with turn, self._ledger.lock:
             self._send(wait)
         with self._ledger.lock:
             self.alerts.tell()
@@ -113,7 +113,7 @@ class Recorder:
             return
         if put_off(partial(self.flush, goes_on)):
             return
-        with turn(), self._ledger.lock:
+        with turn, self._ledger.lock:
             self._send(True, goes_on)
             writer = self.output.writer
             if writer is not None and is_main_rank() and not self._lost:
@@ -157,7 +157,7 @@ class Recorder:
         with contextlib.suppress(ValueError):
             _recorders.remove(self)
         if not any(map(self._shares, _recorders)):
-            with turn(), self._ledger.guard("event file"):
+            with turn, self._ledger.guard("event file"):
                 self.output.close()
 
     def _shares(self, other: "Recorder") -> bool:

@@ -13,34 +13,32 @@ from collections.abc import Callable
 
 
 class _Turn(threading.local):
-    is_on = False
+    """`with turn:` is a write; what was put off in the middle of it comes at its end, in order."""
+
+    depth = 0
 
     def __init__(self) -> None:
         self.later: deque[Callable[[], object]] = deque()
 
-
-_turn = _Turn()
-
-
-def put_off(call: Callable[[], object]) -> bool:
-    """Whether this thread is in the middle of a write; then `call` comes right after it."""
-    if _turn.is_on:
-        _turn.later.append(call)
-    return _turn.is_on
-
-
-class turn:
-    """A write; what was put off in the middle of it comes at its end, in order."""
-
     def __enter__(self) -> None:
-        self._is_inside, _turn.is_on = _turn.is_on, True
+        self.depth += 1
 
     def __exit__(self, *exception: object) -> None:
-        _turn.is_on = self._is_inside
-        while _turn.later and not _turn.is_on:
+        self.depth -= 1
+        while self.later and not self.depth:
             try:
-                _turn.later.popleft()()
+                self.later.popleft()()
             except Exception as error:  # who asked for it has gone on
                 with contextlib.suppress(Warning):
                     said = f"bthooks: {type(error).__name__}: {error}"
                     warnings.warn(said, RuntimeWarning, stacklevel=2)
+
+
+turn = _Turn()
+
+
+def put_off(call: Callable[[], object]) -> bool:
+    """Whether this thread is in the middle of a write; then `call` comes right after it."""
+    if turn.depth:
+        turn.later.append(call)
+    return turn.depth > 0

@@ -173,7 +173,7 @@ def test_another_thread_waits():
 
 def test_what_fails_later_is_said_to_no_one_but_the_user():
     def work():
-        with turns.turn():
+        with turns.turn:
             assert turns.put_off(lambda: 1 / 0)
             assert turns.put_off(lambda: done.append(1))
 

@@ -352,7 +352,7 @@ bthooks.attach(model, sys.argv[1] + "/first", backend=sys.argv[2]).detach()  # i
 before = leftovers()
 handle = bthooks.attach(model, sys.argv[1], backend=sys.argv[2], every=10, histograms_every=100)
 x = torch.randn(2, 8, 16)
-for step in range(10_000):
+for step in range(4_000):
     model(x).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -371,7 +371,7 @@ print(grown)
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 @pytest.mark.parametrize("backend", ["torch", "tensorboardX"])
-def test_ten_thousand_steps_leave_memory_flat(backend, tmp_path):
+def test_thousands_of_steps_leave_memory_flat(backend, tmp_path):
     ran = subprocess.run(
         [sys.executable, "-c", LONG, str(tmp_path), backend],
         capture_output=True,

@@ -4,6 +4,7 @@ import functools
 import inspect
 import itertools
 import math
+import sys
 import warnings
 
 import pytest
@@ -45,7 +46,8 @@ def ways():
         if name in ("Optimizer", "SparseAdam"):  # the latter has a test of its own
             continue
         has = inspect.signature(kind).parameters
-        modes = [{}, {"foreach": True}, {"fused": True}]  # capturable is for CUDA
+        modes = [{}, {"foreach": True}, {"fused": True}]
+        modes += [{"capturable": True}, {"capturable": True, "foreach": True}]
         modes = [mode for mode in modes if set(mode) <= set(has)]
         extras = [{}] + [extra for extra in EXTRAS if set(extra) <= set(has)]
         for mode, extra in itertools.product(modes, extras):
@@ -145,6 +147,17 @@ def trained(make, writer, closure):
     return expected
 
 
+@pytest.fixture
+def capturable_everywhere(monkeypatch):
+    """What torch runs so on accelerators alone is run so on the CPU too."""
+    for module in [m for name, m in sys.modules.items() if name.startswith("torch.optim.")]:
+        if hasattr(module, "_get_capturable_supported_devices"):
+            monkeypatch.setattr(
+                module, "_get_capturable_supported_devices", lambda supports_xla=True: ["cpu"]
+            )
+
+
+@pytest.mark.usefixtures("capturable_everywhere")
 @pytest.mark.parametrize(("make", "closure"), [w[:2] for w in WAYS], ids=[w[2] for w in WAYS])
 def test_the_norms_are_those_before_the_update(make, closure):
     run = Kept()

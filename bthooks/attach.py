@@ -65,7 +65,7 @@ def attach(
     | tag | what |
     | --- | --- |
     | `attention/<statistic>/<module>` | as in `log_attention_stats`; a learnt sink is no key |
-    | `attention/max_logit/<module>` | the largest scaled and masked score |
+    | `attention/max_logit/<module>` | a softmax's largest score, 0 if rows are shifted to it |
     | `attention/mean_entropy` | nats, mean over the layers |
     | `attention/head_entropy` | image, layers x heads, at the cadence of histograms |
     | `attention/healthy_entropy/low`, `attention/healthy_entropy/high` | 0.5 and 2 nats |

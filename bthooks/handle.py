@@ -45,7 +45,10 @@ class Handle:
         self._wiring.count()
 
     def flush(self) -> None:
-        """Write to the disk what was measured so far, also of a step that is not over."""
+        """Write to the disk what was measured so far, also of a step that is not over.
+
+        Of a validation pass that goes on the mean uncertainty waits for its end.
+        """
         self._wiring.flush()
 
     def report(self) -> Report:

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,12 +91,18 @@ class Wiring:
         if put_off(self.flush):
             return
         with turn, self.ledger.lock:
-            pool, self._pool, self._validation = self._pool, None, None
+            goes_on, pool, self._pool = [], self._pool, None
             if pool is not None and (slot := self.schedule.flush()) is not None:
                 self.recorder.add(Pending(slot.step, *slot.due, readings=pool))
             elif pool is not None and self._step is not None:
                 self._step.readings.merge(pool)
-        self.recorder.flush(self._step)  # in which another optimizer may still step
+            if self._step is not None:
+                goes_on.append(self._step)  # in which another optimizer may still step
+            if self._validation is not None:  # what is a mean over the pass waits for its end
+                mean = self._validation.readings.take_uncertainty()
+                self._validation = replace(self._validation, readings=mean)
+                goes_on.append(self._validation)
+        self.recorder.flush(*goes_on)
 
     def resume(self) -> None:
         """The schedule goes on elsewhere: no step has begun."""
@@ -116,6 +123,7 @@ class Wiring:
         unlisten(self)
         self._gradients.unwatch()
         self._gradients.ended()
+        self._validation = None
         self.flush()
         self._say_absent()
         root = self.root()
@@ -238,13 +246,15 @@ class Wiring:
 
     def optimizer_begins(self, optimizer: Optimizer, is_outermost: bool) -> None:
         """A step of `optimizer`, which may be another model's, begins."""
-        if not self.schedule.is_near:
+        if not (self.schedule.is_near or self._optimizers.any_wraps):
             return
         if is_outermost:
             self._gradients.ended()
         known, root = self._find(optimizer), self.root()
         if known is None or root is None:
             return
+        with self.ledger.guard("parameters of the optimizer"):
+            known.begins()
         backward = self._backward()
         due = self.schedule.optimizer_begins(known.numbers(), backward)
         if any(due):
@@ -265,13 +275,16 @@ class Wiring:
         known = self._find(optimizer)
         if inside:
             if known is not None:
-                known.wraps = True
+                self._optimizers.wraps(known)
             found = [self._find(each) for each in dict.fromkeys(inside)] if is_outermost else []
-            if stepped := [each for each in found if each is not None]:
+            stepped = [each for each in found if each is not None]
+            if known is not None and not any(known.shares(each) for each in stepped):
+                stepped = [known, *stepped]  # it updates others itself
+            if stepped and is_outermost:
                 self.count(stepped)
         elif known is not None:
             self._gradients.stepped(optimizer)
-            if is_outermost and not known.wraps:  # else it has not stepped what it wraps
+            if is_outermost and known.has_updated():
                 self.count([known])
 
     def count(self, stepped: Sequence[Known] = ()) -> None:

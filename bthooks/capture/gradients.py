@@ -11,6 +11,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Collection, Mapping
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -33,9 +34,12 @@ from ..torch_private import (
     hook_first,
     is_hooked_by_others,
     is_traced,
+    steps_on_stack,
 )
 from .optimizers import Known, held
 from .wanted import Wanted
+
+_FUNCTIONS = (FunctionType, MethodType, functools.partial)
 
 
 class Gradients:
@@ -54,6 +58,8 @@ class Gradients:
         self._before_clip: dict[str, Tensor] = {}  # norms at its end, until an optimizer steps
         # What follows is of the steps of optimizers that run.
         self._hooks: list[RemovableHandle] = []
+        self._reads: list[Callable[[], None]] = []  # of what each is given
+        self._passes = 0  # backward passes that have ended
         self._stepping: dict[str, Tensor] = {}  # the parameters that they hold
         self._losses: dict[str, LossScale] = {}  # by parameter
         self._former: dict[str, Tensor] = {}  # the parameters before
@@ -108,6 +114,10 @@ class Gradients:
             with self._ledger.guard("gradients before clipping"):
                 if not is_traced():
                     self._before_clip = self._norms(_gradients_of(self._selected(model)))
+        self._passes += 1
+        if self._reads and steps_on_stack():  # within a step, which has no closure that we know
+            for read in self._reads:
+                read()
 
     def begins(
         self, root: nn.Module, optimizer: Optimizer, *, scalars: bool, histograms: bool
@@ -121,6 +131,7 @@ class Gradients:
                     with self._ledger.guard(f"update of {name}"):
                         self._former[name] = named[name].detach().clone()
             read = functools.partial(self._read, named, optimizer, scalars, histograms)
+            self._reads.append(read)
             hook = functools.partial(self._before_update, read)
             self._hooks.append(optimizer.register_step_pre_hook(hook))
 
@@ -130,8 +141,43 @@ class Gradients:
         """The last hook before a step, which may give it other arguments."""
         read()
         with self._ledger.guard("closure of the optimizer"):
-            return _with_closure(read, optimizer, args, kwargs)
+            return self._with_closures(read, optimizer, args, kwargs)
         return None
+
+    def _with_closures(
+        self,
+        read: Callable[[], None],
+        optimizer: Optimizer,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The arguments of a step with closures after whose return `read` is called; None without.
+
+        One is known by its name. Any other function is one if a backward pass ends in it; a module,
+        which is callable too, stays what it is.
+        """
+
+        def wrapped(name: str, given: Any) -> Any:
+            is_named = "closure" in name and callable(given)
+            if not is_named and not isinstance(given, _FUNCTIONS):
+                return given
+
+            @functools.wraps(given, updated=())
+            def reading(*its_args: Any, **its_kwargs: Any) -> Any:
+                passes = self._passes
+                returned = given(*its_args, **its_kwargs)
+                if is_named or self._passes != passes:
+                    read()
+                return returned
+
+            return reading
+
+        names = [*inspect.signature(type(optimizer).step).parameters]
+        names += [""] * (len(args) - len(names))
+        new = tuple(wrapped(name, given) for name, given in zip(names, args, strict=False))
+        named = {name: wrapped(name, given) for name, given in kwargs.items()}
+        is_same = all(a is b for a, b in zip(new, args, strict=True)) and named == kwargs
+        return None if is_same else (new, named)
 
     def _read(
         self,
@@ -156,7 +202,9 @@ class Gradients:
             if scalars and "gradients" in kinds:
                 given.norms |= loss.unscaled(self._norms(gradients))
                 before = {n: self._before_clip.pop(n) for n in named if n in self._before_clip}
-                given.norms_before_clip |= loss.applied(before)
+                # Those under a scaler of torch's are unscaled by its state.
+                is_own = loss.scale is not None and find_scaler() is None
+                given.norms_before_clip |= loss.unscaled(before) if is_own else loss.applied(before)
         for name, gradient in gradients.items() if histograms and "histograms" in kinds else ():
             with self._ledger.guard(f"histogram of the gradient of {name}"):
                 if not is_sharded(gradient):
@@ -176,7 +224,8 @@ class Gradients:
             return
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._stepping, self._losses, self._former = [], {}, {}, {}
+        self._hooks, self._reads = [], []
+        self._stepping, self._losses, self._former = {}, {}, {}
         self._rates, self._given = {}, Readings()
 
     def measure(
@@ -302,28 +351,3 @@ class Gradients:
 
 def _gradients_of(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: p.grad for name, p in named.items() if p.grad is not None}
-
-
-def _with_closure(
-    read: Callable[[], None], optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The arguments of a step with a closure after whose return `read` is called; None without."""
-    # By its name: another argument may be a module, which is callable too.
-    names = [*inspect.signature(type(optimizer).step).parameters]
-    name = next((name for name in names if "closure" in name), None)
-    if name is None:
-        return None
-    place = names.index(name)
-    closure = args[place] if place < len(args) else kwargs.get(name)
-    if not callable(closure):
-        return None
-
-    @functools.wraps(closure, updated=())
-    def reading(*its_args: Any, **its_kwargs: Any) -> Any:
-        loss = closure(*its_args, **its_kwargs)
-        read()
-        return loss
-
-    if place < len(args):
-        return (*args[:place], reading, *args[place + 1 :]), kwargs
-    return args, kwargs | {name: reading}

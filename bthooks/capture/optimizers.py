@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ..measure.sharded import is_sharded, is_wrapper, local
+from ..torch_private import version
 
 NONE = -2  # the number of an optimizer that has none
 
@@ -21,15 +22,30 @@ NONE = -2  # the number of an optimizer that has none
 class Known:
     """An optimizer that was seen to step, and what is known of it."""
 
-    __slots__ = ("held", "key", "number", "optimizer", "rivals", "wraps")
+    __slots__ = ("_before", "held", "key", "number", "optimizer", "rivals", "wraps")
 
     def __init__(self, optimizer: Optimizer, is_gone: Callable[["Known"], None]) -> None:
         self.optimizer = weakref.ref(optimizer, lambda _: is_gone(self))
         self.key = id(optimizer)
         self.held: list[Tensor] = []  # its parameters, if any is the model's
         self.number = NONE  # in the order of the first steps, if it updates something itself
-        self.wraps = False  # whether it steps others, and updates nothing itself
+        self.wraps = False  # whether it steps others, and may update nothing itself
+        self._before: list[int] = []  # the versions of its parameters, if it wraps others
         self.rivals: set[Known] = set()  # those that hold a parameter of it as well
+
+    def begins(self) -> None:
+        """A step of it begins."""
+        if self.wraps:
+            self._before = [version(p) for p in self.held]
+
+    def has_updated(self) -> bool:
+        """Whether a step in which no other has stepped has updated anything."""
+        before, self._before = self._before, []
+        return not self.wraps or (bool(before) and before != [version(p) for p in self.held])
+
+    def shares(self, other: "Known") -> bool:
+        """Whether both hold a parameter."""
+        return self is other or self in other.rivals
 
     def numbers(self) -> Collection[int]:
         """Its own, and those of its rivals."""
@@ -52,6 +68,7 @@ class Optimizers:
         self._numbers = itertools.count()
         self._free: list[int] = []  # numbers of optimizers that are gone
         self.count = 0  # of those that have a number
+        self.any_wraps = False
 
     def find(self, optimizer: Optimizer, root: nn.Module | None) -> Known | None:
         """What is known of `optimizer`; None if it holds no parameter of `root`."""
@@ -104,8 +121,14 @@ class Optimizers:
         if not self._own.isdisjoint(held_):
             self._hold(known, optimizer)
 
+    def wraps(self, known: Known) -> None:
+        """It steps others in its step."""
+        known.wraps = self.any_wraps = True
+
     def _hold(self, known: Known, optimizer: Optimizer) -> None:
         known.held = held(optimizer)
+        if _has_others(optimizer):
+            self.wraps(known)
         for p in known.held:
             holders = self._holders.setdefault(p, [])
             for other in holders:
@@ -128,6 +151,18 @@ class Optimizers:
 def held(optimizer: Optimizer) -> list[Tensor]:
     """The parameters of `optimizer`."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _has_others(optimizer: Optimizer) -> bool:
+    """Whether there are optimizers among the attributes of `optimizer`, also in a container."""
+    for value in vars(optimizer).values():
+        inner = value.values() if isinstance(value, dict) else value
+        if isinstance(value, Optimizer) or (
+            isinstance(value, (list, tuple, dict))
+            and any(isinstance(each, Optimizer) for each in inner)
+        ):
+            return True
+    return False
 
 
 class Probe:

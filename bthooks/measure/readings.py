@@ -80,6 +80,12 @@ class Readings:
         self.scaling = other.scaling or self.scaling
         self.in_backward |= other.in_backward
 
+    def take_uncertainty(self) -> "Readings":
+        """What is measured of the uncertainty, which is no longer here."""
+        taken = Readings(uncertainty=self.uncertainty, samples=self.samples)
+        self.uncertainty, self.samples = {}, {}
+        return taken
+
     def take_rates(self, rates: "Rates") -> None:
         """Take in the rates of one more optimizer."""
         self.learning_rates |= rates.nominal

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .dtypes import widened
 
-BLOCKED = -1e4  # a mask at or below it hides the key: float16's minimum is -65504
+BLOCKED = -9984.0  # a mask at or below it hides the key: it is -1e4 in bfloat16
 BELOW_ALL = -1e7  # no score is as low, whatever it is made of
 _GOLDEN = 2654435769  # 2 ** 32 / golden ratio
 _BLOCK = {"cpu": 1 << 21}  # scores held at a time, over batch and heads: what a cache holds

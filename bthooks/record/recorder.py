@@ -77,13 +77,13 @@ class Recorder:
         with self._ledger.lock:
             self.alerts.tell()
 
-    def _send(self, wait: bool, goes_on: Pending | None = None) -> None:
+    def _send(self, wait: bool, *goes_on: Pending) -> None:
         unsettled, self._unsettled = self._unsettled, None
         if unsettled is not None:
             step, is_settled = unsettled
             with self._losing(step):
                 self._unsettled = None if is_settled() else unsettled
-        waiting, self._waiting = self._waiting, [goes_on] if goes_on is not None else []
+        waiting, self._waiting = self._waiting, [*goes_on]
         wait_for = len(self._leaving) if waiting else 0
         for pending in waiting:
             readings, pending.readings = pending.readings, Readings()
@@ -107,14 +107,14 @@ class Recorder:
             with self._losing(pending.step):
                 self._write(pending, reading.result())
 
-    def flush(self, goes_on: Pending | None = None) -> None:
+    def flush(self, *goes_on: Pending) -> None:
         """Write what waits, to the disk; to a step that `goes_on` more may come."""
         if not self.output.is_here():
             return
-        if put_off(partial(self.flush, goes_on)):
+        if put_off(partial(self.flush, *goes_on)):
             return
         with turn, self._ledger.lock:
-            self._send(True, goes_on)
+            self._send(True, *goes_on)
             writer = self.output.writer
             if writer is not None and is_main_rank() and not self._lost:
                 with self._losing(None):
@@ -214,7 +214,8 @@ class Recorder:
         if is_exact and power > 6.5:  # above 64, which micro-batches are averaged by
             return (
                 f"the gradients at the end of backward() are {2 ** round(power)} times what the "
-                "optimizer was given, as those of a loss that is scaled by a scaler of its own"
+                "optimizer was given: of a loss that a scaler of its own has scaled, it seems, or "
+                "of so many micro-batches, by whose number they were divided by hand"
             )
         return None
 

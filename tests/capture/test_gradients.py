@@ -237,11 +237,70 @@ def test_a_fused_optimizer_that_was_told_of_a_loss_scale_by_hand(overflows, tmp_
     steps = [0, 2] if overflows else [0, 1, 2]
     for tag in ("total_norm", "norm/0.weight", "layer_mean/2", "update_ratio/2.bias"):
         assert [s for s, _ in run.scalars[f"gradients/{tag}"]] == steps, tag
-    totals = dict(run.scalars["gradients/total_norm"])
-    assert totals == pytest.approx({step: expected[step] for step in steps})
+    for tag in ("total_norm", "total_norm_before_clip"):
+        totals = dict(run.scalars[f"gradients/{tag}"])
+        assert totals == pytest.approx({step: expected[step] for step in steps}), tag
     drawn = run.histograms["gradients/distribution/0.weight"]
     assert [step for step, _ in drawn] == steps
     assert drawn[0][1].sum_squares ** 0.5 == pytest.approx(run.value("gradients/norm/0.weight", 0))
+
+
+def evaluated(self, evaluate):
+    """A step that calls `evaluate` and then updates."""
+    evaluate()
+    OwnOptimizer.step(self)
+
+
+# Steps within which a backward pass runs: how each is called, with what calls backward().
+WITHIN = {
+    "args": (lambda self, *args: evaluated(self, *args), lambda o, f: o.step(f)),
+    "kwargs": (lambda self, **kw: evaluated(self, kw["closure"]), lambda o, f: o.step(closure=f)),
+    "any": (lambda self, **kw: evaluated(self, kw["f"]), lambda o, f: o.step(f=f)),
+    "another name": (lambda self, loss_fn=None: evaluated(self, loss_fn), lambda o, f: o.step(f)),
+    "options": (
+        lambda self, options: evaluated(self, options["closure"]),
+        lambda o, f: o.step({"closure": f}),
+    ),
+    "a loss": (
+        lambda self, loss: evaluated(self, lambda: (self.zero_grad(), loss.backward())),
+        lambda o, f: o.step(f(backward=False)),
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WITHIN)
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_backward_pass_within_a_step_is_of_that_step(way, clip):
+    if clip and way in ("options", "a loss"):
+        pytest.skip("what is done after the pass is not seen")
+    step, call = WITHIN[way]
+    kind = type("Own", (OwnOptimizer,), {"step": torch.no_grad()(step), "update": Odd.update})
+    model, run, before, given = network(), Kept(), [], []
+    optimizer = kind(model.parameters(), 0.1)
+
+    def total():
+        return math.hypot(*(norm(p.grad) for p in model.parameters()))
+
+    def evaluate(backward=True):
+        with torch.enable_grad():
+            optimizer.zero_grad()
+            loss = (model(data(len(given))) - 1).square().mean()
+            exact = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+            before.append(math.hypot(*map(norm, exact)))
+            if backward:
+                loss.backward()
+                if clip:
+                    clip_grad_norm_(model.parameters(), 0.05)
+        return loss
+
+    with attach(model, run, every=1) as handle:
+        for _ in range(3):
+            call(optimizer, evaluate)
+            given.append(total())
+    assert handle.step == 3
+    for tag, norms in ("total_norm", given), ("total_norm_before_clip", before):
+        expected = [(at, pytest.approx(value)) for at, value in enumerate(norms)]
+        assert run.scalars[f"gradients/{tag}"] == expected, tag
 
 
 class Odd(OwnOptimizer):

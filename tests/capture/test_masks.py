@@ -139,7 +139,8 @@ def masked(draw):
         "any": torch.rand(batch, heads, length, length, generator=generator) < 0.6,
     }
     lowest = torch.finfo(dtype).min
-    lows = [-torch.inf, lowest, -1e4, -65504.0] + [-1e9] * (dtype != torch.float16)
+    rounded = torch.tensor(-1e4, dtype=torch.bfloat16).item()  # a mask may be of another type
+    lows = [-torch.inf, lowest, -1e4, rounded, -65504.0] + [-1e9] * (dtype != torch.float16)
     masks = []
     for name in draw(st.lists(st.sampled_from([*shapes]), max_size=3)):
         low = draw(st.sampled_from(lows))

@@ -97,14 +97,46 @@ class Twice(SGD):
 class Accumulating(Optimizer):
     """Steps another at every second call of its own."""
 
-    def __init__(self, inner):
-        self.inner, self.at = inner, 1
-        super().__init__(inner.param_groups, {})
+    def __init__(self, inner, at=1):
+        self.inner, self.at = inner, at
+        super().__init__([{"params": g["params"]} for g in inner.param_groups], {"lr": 9.0})
 
     def step(self, closure=None):
         self.at += 1
         if self.at % 2 == 0:
             self.inner.step()
+
+
+class Switching(SGD):
+    """Steps another in its first step and in every second one after it, else it updates itself."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups[0]["params"], 0.1)
+        self.inner, self.at = inner, 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.at += 1
+        if self.at % 2:
+            self.inner.step()
+        else:
+            for p in self.param_groups[0]["params"]:
+                p.sub_(p.grad, alpha=0.1)
+
+
+class Hybrid(Optimizer):
+    """Updates the matrices itself, and has another one for the rest, as Muon does."""
+
+    def __init__(self, model):
+        matrices = [p for p in model.parameters() if p.dim() == 2]
+        super().__init__([{"params": matrices, "name": "muon"}], {"lr": 0.02})
+        self.rest = AdamW([p for p in model.parameters() if p.dim() == 1], 1e-3)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad.sign(), alpha=0.02)
+        self.rest.step()
 
 
 class Elsewhere(Lookahead):
@@ -174,10 +206,29 @@ def test_an_optimizer_that_steps_another_is_one_step(name):
         assert [v for _, v in writer.scalars["gradients/total_norm"]] == pytest.approx(last)
 
 
-def test_a_wrapper_that_does_not_step_what_it_wraps_begins_no_step():
-    step, writer, _, _ = run(lambda m: Accumulating(SGD(m.parameters(), 0.1)), calls=6)
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_wrapper_that_does_not_step_what_it_wraps_begins_no_step(at, every):
+    step, writer, given, _ = run(
+        lambda m: Accumulating(SGD(m.parameters(), 0.1), at), calls=6, every=every
+    )
     assert step == 3
-    assert [at for at, _ in writer.scalars["gradients/total_norm"]] == [0, 1, 2]
+    expected = [(n, pytest.approx(norm)) for n, norm in enumerate(given) if n % every == 0]
+    assert writer.scalars["gradients/total_norm"] == expected
+    assert {value for _, value in writer.scalars["learning_rate/0"]} == {0.1}
+
+
+def test_a_wrapper_that_updates_something_itself_makes_a_step():
+    step, writer, _, _ = run(lambda m: Switching(AdamW(m.parameters(), 1e-3)), calls=6)
+    assert step == 6
+    assert [at for at, _ in writer.scalars["gradients/total_norm"]] == list(range(6))
+
+
+def test_the_rates_of_one_that_updates_some_and_steps_another_are_those_of_both():
+    step, writer, _, _ = run(Hybrid)
+    assert step == 4
+    rates = {tag: {rate for _, rate in writer.scalars[tag]} for tag in rates_in(writer)}
+    assert rates == {"learning_rate/muon": {0.02}, "learning_rate/1/0": {0.001}}
 
 
 def test_the_rates_of_a_wrapped_optimizer_are_its_own():

@@ -15,7 +15,7 @@ import bthooks
 from bthooks import attach
 from bthooks.__main__ import main
 
-from ..conftest import read
+from ..conftest import DEADLINE, read
 from ..models import Transformer, batch
 
 
@@ -75,9 +75,12 @@ def rust(directory, tag):
         samples_per_plugin={"scalars": 0},
     )
     server.start()
-    (points,) = server.data_provider.read_scalars(
-        RequestContext(), experiment_id="", plugin_name="scalars", downsample=1000
-    ).values()
+    until, found = time.monotonic() + DEADLINE, {}
+    while not found and time.monotonic() < until:  # it answers before it has read anything
+        found = server.data_provider.read_scalars(
+            RequestContext(), experiment_id="", plugin_name="scalars", downsample=1000
+        )
+    (points,) = found.values()
     return [(point.step, point.value) for point in points[tag]]
 
 

@@ -1,5 +1,6 @@
 """What the tests share: event files read back."""
 
+import fcntl
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,3 +109,23 @@ def inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor as it is: for ATEN_CPU_CAPABILITY=default it makes code that does not compile."""
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """`once(name, make)`: the folder that `make` fills, in one of the processes of the suite."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    def made(name, make):
+        folder, begun = shared / name, shared / f"{name} begun"
+        with (shared / f"{name} lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                begun.mkdir()
+                make(begun)
+                begun.rename(folder)
+        return folder
+
+    return made

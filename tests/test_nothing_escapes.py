@@ -265,6 +265,7 @@ def test_a_forked_worker_may_run_the_model(backend, tmp_path):
 FULL = """
 import subprocess, sys, warnings
 import torch, bthooks
+bthooks.record.backend.PATIENCE = 1.0  # each run would wait for ten seconds
 directory, backend, opened = sys.argv[1], sys.argv[2], sys.argv[3] == "True"
 model = torch.nn.Linear(64, 64)
 optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -352,7 +353,7 @@ bthooks.attach(model, sys.argv[1] + "/first", backend=sys.argv[2]).detach()  # i
 before = leftovers()
 handle = bthooks.attach(model, sys.argv[1], backend=sys.argv[2], every=10, histograms_every=100)
 x = torch.randn(2, 8, 16)
-for step in range(4_000):
+for step in range(2_500):
     model(x).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -11,8 +11,11 @@ from .conftest import DEADLINE, read
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ranks")
+def ran(once):
+    return once("ranks", run)
+
+
+def run(directory):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     finished = subprocess.run(
         [*torchrun, "--tee=3", "-m", "tests.ranks", str(directory)],
@@ -26,7 +29,6 @@ def ran(tmp_path_factory):
     is_aborted = "terminate called without an active exception" in said
     is_whole = (directory / "said.json").exists()  # which is written last
     assert finished.returncode == 0 or (is_aborted and is_whole), said[-8000:]
-    return directory
 
 
 LIKE = {

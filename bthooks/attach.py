@@ -14,8 +14,9 @@ from .capture.wanted import KINDS, ON_REQUEST, Wanted
 from .handle import Handle, attached_to, be_first_at_exit
 from .health.alerts import Alert, Alerts
 from .health.conditions import Thresholds
+from .job import rank
 from .names import Selector, globs, selector
-from .record.backend import PACKAGES, is_main_rank
+from .record.backend import PACKAGES
 from .record.folders import Folder, Output, refuse_folder
 from .record.recorder import Recorder, folder_of
 from .record.writers import Writer, open_writer
@@ -124,7 +125,7 @@ def attach(
     checks.one_of("attach", "on_error", on_error, ("warn", "raise"))
     wanted = Wanted(kinds, capture is not None, selector(include), globs(include), attention_rows)
     is_folder = isinstance(target, Path | str)
-    if is_folder and is_main_rank():
+    if is_folder and rank() == 0:
         refuse_folder("attach", target, backend)
     replaced = []
     for former, its_model in attached_to(target, prefix):
@@ -155,4 +156,5 @@ def attach(
     recorder = Recorder(output, prefix, Alerts(thresholds, on_alert, ledger), ledger)
     for former in replaced:
         former.detach()
+    recorder.ranks.look(step)
     return Handle(model, Wiring(model, wanted, schedule, recorder, ledger), target)

@@ -20,7 +20,7 @@ from .names import parameter_names, tag
 from .record.backend import write
 from .record.event import Event, event_of, prefixed
 from .record.images import reliability_diagram
-from .record.recorder import recorder_of
+from .record.recorder import is_written, recorder_of
 from .record.transfer import Transfer, read
 from .record.writers import Writer
 
@@ -235,7 +235,7 @@ def log_calibration(
     verdict = None if recorder is None else recorder.alerts.judge(figures, step, prefix)
     event = event_of(figures, verdict)
     event.images["calibration/reliability"] = reliability_diagram(bins)
-    write(writer, prefixed(event, prefix), step)
+    _put(writer, prefixed(event, prefix), step)
     if recorder is not None:
         recorder.alerts.tell()
 
@@ -328,7 +328,7 @@ def log_hparams(
     event = prefixed(_event(Readings(metrics=numbers)), tag(prefix, "hparams"))
     known = {str(name): value for name, value in hparams.items() if value is not None}
     event.hparams = {name: checks.hparam(value) for name, value in known.items()}
-    write(writer, event, 0)
+    _put(writer, event, 0)
 
 
 def _lost(is_nan: Tensor, of: str, so: str) -> int:
@@ -340,8 +340,13 @@ def _lost(is_nan: Tensor, of: str, so: str) -> int:
 
 
 def _event(readings: Readings) -> Event:
-    return event_of(figures_of(read(readings)))
+    return event_of(figures_of({0: read(readings)}))
 
 
 def _write(where: str, writer: Writer, event: Event, step: int, prefix: str) -> None:
-    write(writer, prefixed(event, prefix), checks.whole(where, "step", step))
+    _put(writer, prefixed(event, prefix), checks.whole(where, "step", step))
+
+
+def _put(writer: Writer, event: Event, step: int) -> None:
+    if is_written(writer):
+        write(writer, event, step)

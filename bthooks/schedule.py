@@ -70,6 +70,7 @@ class Schedule:
         self._stepped: set[int] = set()  # the optimizers that stepped in this step
         self._backward: int | None = None  # the backward pass within which they did
         self._is_fresh = False  # whether a training forward ran since this step began
+        self.expects_more = False  # whether another optimizer may step in this step
         self.observes = any(self._due_next)  # the next training forward
         self.watches = self._due_next.scalars  # the gradients at the next backward pass's end
         self.is_near = self.observes  # whether this step is logged, or the next one
@@ -164,7 +165,7 @@ class Schedule:
         # Another optimizer may step in this step: what it is given belongs to it too. In the first
         # step the others are not known yet.
         is_due = any(self.due)
-        more = is_due and len(self._stepped) < known
+        more = self.expects_more = is_due and len(self._stepped) < known
         self.observes = any(self._due_next) or more
         self.is_near = is_due or self.observes
         self.watches = self._due_next.scalars or (self.due.scalars and (more or self.steps == 1))

@@ -354,6 +354,38 @@ def backward_pass() -> int | None:
 
 
 @_private
+def is_rehearsed() -> bool:
+    """Whether a pipeline stage runs its module for the shapes alone, on memory that holds no data.
+    torch 2.13 does so with grad, earlier ones without, as in a rollout. Nothing public tells.
+    `_forward_metadata_inference` of `PipelineStage`, torch 2.13. Renamed, or not there: False."""
+    stage = sys.modules.get("torch.distributed.pipelining.stage")
+    of_stage = getattr(stage, "PipelineStage", None)
+    function = getattr(of_stage, "_forward_metadata_inference", None)
+    return function is not None and is_running(function)
+
+
+@_private
+def default_group() -> Any:
+    """The default process group, None where there is none.
+    It tells whether it is another than before. `_get_default_group` of `distributed_c10d`, torch
+    <= 2.11. Renamed: an error."""
+    ranks = torch.distributed
+    if not (ranks.is_available() and ranks.is_initialized()):
+        return None
+    return ranks.distributed_c10d._get_default_group()
+
+
+@_private
+def own_store() -> Any:
+    """A connection of our own to the store of the default process group.
+    Nothing public gives that store; on its own connection, which is locked, we would wait for what
+    torch waits for. `_get_default_store` of `distributed_c10d`, torch <= 2.11. Renamed, or a store
+    without `clone`: an error."""
+    store: Any = torch.distributed.distributed_c10d._get_default_store()
+    return store.clone()
+
+
+@_private
 def after_backward(callback: Callable[[], None], former: int | None) -> int:
     """Call `callback` at the end of the backward pass that runs in this thread, once: its number.
     That is after DDP's and FSDP2's own, which reduce the gradients; the public

@@ -21,6 +21,7 @@ from torch.utils.data import get_worker_info
 from .capture.calls import calls_of
 from .capture.forward import ObservedForward, uncertainty_of
 from .capture.gradients import Gradients
+from .capture.heads import heads_of
 from .capture.optimizers import Known, Optimizers, Probe
 from .capture.steps import listen, unlisten
 from .capture.wanted import Wanted
@@ -34,6 +35,7 @@ from .schedule import BY_HAND, Schedule, Slot
 from .torch_private import (
     backward_pass,
     calls_on_stack,
+    is_rehearsed,
     is_running,
     is_traced,
     steps_on_stack,
@@ -150,6 +152,8 @@ class Wiring:
             slot = self.schedule.eval_forward()
         elif torch.is_grad_enabled():
             slot = self.schedule.training_forward()
+            if self._validation is not None:
+                self.recorder.send_ahead(self._validation)
             if self.schedule.forwards == PATIENCE and not (self.schedule.steps or steps_on_stack()):
                 self.ledger.warn_once("optimizer", NO_STEP)
         else:
@@ -162,7 +166,8 @@ class Wiring:
             if not slot.validation and self._moved_unseen(root):
                 return
             elsewhere = self._forward is not None and self._forward.is_alive()
-            if not elsewhere and not is_traced() and not is_running(mc_dropout):
+            is_real = not (is_traced() or is_rehearsed() or is_running(mc_dropout))
+            if is_real and not elsewhere:
                 self._optimizers.recheck()
                 self._handled, self._depth, self._slot = sys.exc_info()[1], 0, slot
                 due = slot.due._asdict()
@@ -190,14 +195,15 @@ class Wiring:
             elif sys.exc_info()[1] is handled:  # else it raised: not a whole forward
                 readings = forward.readings(root, output)
                 if slot.validation:
-                    self._validated(slot, readings)
+                    self._validated(root, slot, readings)
                 elif self._pool is None:
                     self._pool = readings
                 else:
                     self._pool.merge(readings)
 
-    def _validated(self, slot: Slot, readings: Readings) -> None:
+    def _validated(self, root: nn.Module, slot: Slot, readings: Readings) -> None:
         """The first forward of a validation pass has ended, or one of inference."""
+        self._place(root, readings)
         slot = self.schedule.validated(slot)
         pending = Pending(slot.step, *slot.due, prefix="val", readings=readings)
         if self.schedule.trains:
@@ -205,6 +211,12 @@ class Wiring:
         else:
             self.recorder.send()
         self.recorder.add(pending)
+
+    def _place(self, root: nn.Module, readings: Readings) -> None:
+        """Keep which heads of the maps in `readings` this rank has."""
+        if self.recorder.ranks.are_several:
+            with self.ledger.guard("heads"):
+                readings.heads |= heads_of(root, readings.attention)
 
     def _validate_further(self, root: nn.Module, output: Any) -> None:
         """A further forward of a validation pass has ended: its uncertainty counts."""
@@ -312,6 +324,8 @@ class Wiring:
                 self.recorder.add(self._step)
             if self._step is not None or self._pool is not None:
                 self._measure(stepped, begins, backward)
+            if self._step is not None and not schedule.expects_more:
+                self.recorder.send_ahead(self._step)
             if schedule.watches != self._gradients.is_watching:
                 self._watch()
 
@@ -323,6 +337,7 @@ class Wiring:
         with self.ledger.guard("optimizer step"):
             if pool is not None:
                 step.readings.merge(pool)
+                self._place(root, step.readings)
             step.readings.in_backward |= backward is not None
             self._gradients.measure(
                 root,

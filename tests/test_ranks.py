@@ -1,90 +1,122 @@
-"""Two real processes over gloo: their norms are those of one process on the whole batch."""
+"""Real processes over gloo: their one event file is that of one process on the whole batch."""
 
 import json
 import subprocess
 import sys
+from bisect import bisect_right
 from pathlib import Path
 
 import pytest
 
 from .conftest import DEADLINE, read
 
-
-@pytest.fixture(scope="module")
-def ran(once):
-    return once("ranks", run)
-
-
-def run(directory):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    finished = subprocess.run(
-        [*torchrun, "--tee=3", "-m", "tests.ranks", str(directory)],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-    )
-    said = finished.stdout + finished.stderr
-    # torch's own threads of gloo abort at the end of 1 run in 12, without us as well.
-    is_aborted = "terminate called without an active exception" in said
-    is_whole = (directory / "said.json").exists()  # which is written last
-    assert finished.returncode == 0 or (is_aborted and is_whole), said[-8000:]
-
-
-LIKE = {
-    "ddp": "single",
-    "ddp inside": "single",
-    "ddp in parts": "single in parts",
-    "fsdp": "single",
-    "fsdp in parts": "single in parts",
-    "fsdp after": "single",
-    "tensor parallel": "single unclipped",
+ALONE = {  # by size and run: the run of one process
+    (2, "ddp"): "single",
+    (2, "ddp inside"): "single",
+    (2, "ddp in parts"): "single in parts",
+    (2, "fsdp"): "single",
+    (2, "fsdp in parts"): "single in parts",
+    (2, "fsdp after"): "single",
+    (2, "fsdp1"): "single unclipped",
+    (2, "tensor parallel"): "single unclipped",
+    (2, "pipeline"): "single pipeline",
+    (4, "ddp"): "single",
+    (4, "hsdp"): "single",
+    (4, "fsdp and tensor parallel"): "single unclipped",
+    (4, "pipeline"): "single pipeline",
 }
 
 
-@pytest.mark.parametrize("name", LIKE)
-def test_norms_are_those_of_one_process(name, ran):
-    run, alone = read(ran / name), read(ran / LIKE[name])
-    for step in range(3):
-        expected = alone.group("gradients/", step)
-        assert "total_norm_before_clip" in expected
-        assert run.group("gradients/", step) == pytest.approx(expected, rel=1e-4)
-    clipped = (
-        alone.value("gradients/total_norm", 1),
-        alone.value("gradients/total_norm_before_clip", 1),
-    )
-    if LIKE[name] != "single unclipped":
-        assert clipped[0] == pytest.approx(0.05, rel=1e-3)
-        assert clipped[1] > 0.1
-    assert not [tag for tag in run.scalars if "module" in tag or "unused" in tag]
+# Where `total_norm_before_clip` is another: a schedule divides the gradients by the number of
+# micro-batches after its backward passes; those of FSDP1 are of one flat parameter.
+OTHER_BEFORE = {"pipeline", "fsdp1"}
 
 
-def test_ddp_adds_no_reduction_and_fsdp_one_a_step(ran):
-    said = json.loads((ran / "said.json").read_text())
-    assert (said["ddp"], said["fsdp"]) == (0, 3)
+def run(directory, size):
+    command = [sys.executable, "-m", "tests.ranks", str(directory)]
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={size}", "--tee=3"]
+    commands = [[*command, str(size)], [*command[:2], *torchrun, *command[1:]]]
+    for command in commands:
+        finished = subprocess.run(
+            command,
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+        )
+        said = finished.stdout + finished.stderr
+        # torch's own threads of gloo abort at the end of 1 run in 12, without us as well.
+        is_aborted = "terminate called without an active exception" in said
+        is_whole = (directory / "said.json").exists()  # which is written last
+        assert finished.returncode == 0 or (is_aborted and is_whole), said[-8000:]
+
+
+@pytest.fixture(scope="session")
+def ran(once):
+    return lambda size: once(f"ranks{size}", lambda directory: run(directory, size))
+
+
+def below(drawn, value):
+    """Which fraction of a histogram is up to `value`, spread evenly within buckets."""
+    limits, total = drawn.bucket_limit, sum(drawn.bucket)
+    at = bisect_right(limits, value)
+    if at == len(limits):
+        return 1.0
+    left = limits[at - 1] if at else min(drawn.min, limits[0])
+    inside = (value - left) / (limits[at] - left) if limits[at] > left else 1.0
+    return (sum(drawn.bucket[:at]) + drawn.bucket[at] * max(inside, 0.0)) / total
+
+
+@pytest.mark.parametrize(("size", "name"), ALONE)
+def test_the_file_is_that_of_one_process(size, name, ran):
+    directory = ran(size)
+    job, alone = read(directory / name), read(directory / ALONE[size, name])
+    assert job.files == 1
+    for run in (job, alone):
+        for tag in [*run.scalars, *run.histograms]:
+            if tag.startswith("val/") or (name in OTHER_BEFORE and "before_clip" in tag):
+                run.scalars.pop(tag, None)
+                run.histograms.pop(tag, None)
+    expected = {(tag, at): v for tag, points in alone.scalars.items() for at, v in points}
+    assert {tag.partition("/")[0] for tag, _ in expected} >= {"attention", "gradients"}
+    found = {(tag, step): job.value(tag, step) for tag, step in expected}
+    # Of a mean over the rows of all ranks, of norms of sums: float32, in another order.
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    assert job.scalars.keys() == alone.scalars.keys()
+    assert job.histograms.keys() == alone.histograms.keys()
+    for tag, points in alone.histograms.items():
+        for (step, whole), (same, drawn) in zip(points, job.histograms[tag], strict=True):
+            assert (same, drawn.num) == (step, whole.num), tag
+            near = (whole.max - whole.min) * 1e-3
+            for at in range(1, 30):  # where TensorBoard's bins meet
+                edge = whole.min + (whole.max - whole.min) * at / 30
+                low, high = below(whole, edge - near), below(whole, edge + near)
+                assert low - 2e-3 <= below(drawn, edge) <= high + 2e-3, (tag, step, at)
+
+
+def said(directory):
+    return json.loads((directory / "said.json").read_text())
 
 
 def test_a_rank_without_gradients_contributes_zero(ran):
-    said = json.loads((ran / "said.json").read_text())
-    run = read(ran / "uneven")
-    assert run.value("gradients/norm/head.weight", 0) == pytest.approx(said["uneven"], rel=1e-5)
+    found = read(ran(2) / "uneven").value("gradients/norm/head.weight", 0)
+    assert found == pytest.approx(said(ran(2))["uneven"], rel=1e-5)
 
 
-def test_a_validation_on_one_rank_does_not_hang(ran):
-    points = read(ran / "ddp inside").scalars["val/attention/mean_entropy"]
+def test_a_validation_on_one_rank_is_written_and_not_missed(ran):
+    points = read(ran(2) / "ddp inside").scalars["val/attention/mean_entropy"]
     assert [step for step, _ in points] == [0, 1, 2]
 
 
 def test_flattened_parameters_are_said_and_not_measured(ran):
-    (warning,) = json.loads((ran / "said.json").read_text())["fsdp1"]
+    warning, *_ = said(ran(2))["fsdp1 flat"]
     assert "gradients: not measured under FullyShardedDataParallel" in warning
-    run = read(ran / "fsdp1")
+    run = read(ran(2) / "fsdp1 flat")
     assert run.scalars["learning_rate/0"]
     assert not [tag for tag in run.scalars if tag.startswith("gradients/")]
     assert not [tag for tag in run.histograms if tag.startswith("parameters/")]
 
 
 def test_log_gradients_on_every_rank(ran):
-    said = json.loads((ran / "said.json").read_text())
-    found = read(ran / "by hand").group("gradients/norm/", 0)
-    assert found == pytest.approx(said["by hand"], rel=1e-5)
+    found = read(ran(2) / "by hand").group("gradients/norm/", 0)
+    assert found == pytest.approx(said(ran(2))["by hand"], rel=1e-5)

@@ -20,11 +20,12 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ..job import size
 from ..measure.gradients import norms
 from ..measure.histograms import histogram
 from ..measure.readings import Drawn, Rates, Readings, rates_of
 from ..measure.scaling import LossScale, scaling
-from ..measure.sharded import is_sharded, readable, whole_norms
+from ..measure.sharded import Part, is_sharded, own_part, part_of
 from ..names import parameter_names
 from ..report import Ledger
 from ..torch_private import (
@@ -36,6 +37,7 @@ from ..torch_private import (
     is_traced,
     steps_on_stack,
 )
+from .flattened import Flattened, slices_of
 from .optimizers import Known, held
 from .wanted import Wanted
 
@@ -52,6 +54,7 @@ class Gradients:
     def __init__(self, wanted: Wanted, ledger: Ledger) -> None:
         self._wanted, self._ledger = wanted, ledger
         self._named: Mapping[Any, str] = {}  # the parameters, during a step
+        self._slices: Mapping[Tensor, Part] = {}  # of parameters of which this rank has a slice
         # Of each parameter: the hook that tells of the end of the backward pass.
         self._watched: dict[int, tuple[weakref.ref[Tensor], RemovableHandle]] = {}
         self._backward: int | None = None  # the pass whose end is waited for
@@ -205,11 +208,15 @@ class Gradients:
                 # Those under a scaler of torch's are unscaled by its state.
                 is_own = loss.scale is not None and find_scaler() is None
                 given.norms_before_clip |= loss.unscaled(before) if is_own else loss.applied(before)
+        for name, p in named.items():
+            with self._ledger.guard(f"part of {name}"):
+                could_be = not scalars or name in given.norms or name not in gradients
+                if could_be and (part := self._part(p)) is not None:
+                    given.parts[name] = part
         for name, gradient in gradients.items() if histograms and "histograms" in kinds else ():
             with self._ledger.guard(f"histogram of the gradient of {name}"):
-                if not is_sharded(gradient):
-                    found = loss.histogram(readable(gradient))
-                    given.histograms[Drawn("gradients", name)] = found
+                found = loss.histogram(own_part(gradient), name in given.parts)
+                given.histograms[Drawn("gradients", name)] = found
 
     def stepped(self, optimizer: Optimizer) -> None:
         """The step of `optimizer`, which stepped no other, has ended: it may have set its rate."""
@@ -273,56 +280,37 @@ class Gradients:
                     self._ledger.captured("learning_rate", names)
 
     def _measure_histograms(self, named: Mapping[str, Tensor]) -> None:
-        histograms = self._given.histograms
+        given = self._given
         for name, p in named.items():
-            if is_sharded(p):
-                why = "parameters are sharded over ranks: one rank holds a part"
-                self._ledger.warn_once("histograms", why)
-                continue
             self._ledger.captured("histograms", [name])
             with self._ledger.guard(f"histogram of {name}"):
-                histograms[Drawn("parameters", name)] = histogram(readable(p))
+                if (part := self._part(p)) is not None:
+                    given.parts[name] = part
+                drawn = histogram(own_part(p), part is not None)
+                given.histograms[Drawn("parameters", name)] = drawn
                 if name not in self._stepping and p.grad is not None:
-                    histograms[Drawn("gradients", name)] = histogram(readable(p.grad))
+                    drawn = histogram(own_part(p.grad), part is not None)
+                    given.histograms[Drawn("gradients", name)] = drawn
+
+    def _part(self, parameter: Tensor) -> Part | None:
+        """Which part of a parameter this rank has, if it is not whole."""
+        if is_sharded(parameter):
+            return part_of(parameter)
+        return self._slices.get(parameter)
 
     def _measure_norms(self) -> None:
         named, given, kinds = self._stepping, self._given, self._wanted.kinds
-        parts: list[Mapping[str, Tensor]] = []
-        # Whatever failed on this rank, and whatever it has: the others wait for it.
-        if "gradients" in kinds:
-            parts += given.norms, given.norms_before_clip
+        self._ledger.captured("gradients", given.norms)
+        former = self._former
         if "updates" in kinds:
-            changes: list[Mapping[str, Tensor]] = [{}, {}]
             with self._ledger.guard("update ratios"):
-                former = self._former
                 change = {name: named[name].detach() - p for name, p in former.items()}
-                changes = [self._norms(change, "update"), self._norms(former, "update")]
-            parts += changes
-        with self._ledger.guard("norms"):
-            wholes = whole_norms(named, parts)
-            if "gradients" in kinds:
-                given.norms, given.norms_before_clip = wholes[:2]
-                self._ledger.captured("gradients", parts[0])
-            if "updates" in kinds:
-                change, size = wholes[-2:]
-                for name in size.keys() & change.keys():
-                    ratio = {name: change[name] / size[name]}
-                    given.update_ratios |= self._losses[name].applied(ratio)
-                self._ledger.captured("updates", size)
-
-    def _is_flattened(self, root: nn.Module) -> bool:
-        """Whether a rank holds slices that cross the bounds of parameters: said once."""
-        for module in root.modules():
-            package, name = type(module).__module__, type(module).__name__
-            is_fsdp1 = name == "FullyShardedDataParallel" and package.startswith("torch.")
-            if is_fsdp1 or package.partition(".")[0] == "deepspeed":
-                self._ledger.warn_once(
-                    "gradients",
-                    f"not measured under {name}: a rank holds slices of flattened parameters, of "
-                    "which every norm would be partial; torch's fully_shard (FSDP2) is measured",
-                )
-                return True
-        return False
+                for name, norm in self._norms(change, "update").items():
+                    given.changes |= self._losses[name].applied({name: norm})
+                given.sizes = self._norms(former, "update")
+            self._ledger.captured("updates", given.sizes)
+        elif size() > 1:  # by which it is known whether two ranks have the same
+            given.sizes = self._norms({n: p.detach() for n, p in named.items()}, "size")
 
     def _norms(self, tensors: Mapping[str, Tensor], what: str = "gradient") -> dict[str, Tensor]:
         try:
@@ -335,8 +323,13 @@ class Gradients:
             return found
 
     def _names(self, root: nn.Module) -> Mapping[nn.Parameter, str]:
-        """All parameters as they are now, each whole or a DTensor."""
-        return {} if self._is_flattened(root) else parameter_names(root)
+        """All parameters as they are now, if it is known which part of each this rank has."""
+        try:
+            self._slices = slices_of(root)
+        except Flattened as error:
+            self._ledger.warn_once("gradients", str(error))
+            return {}
+        return parameter_names(root)
 
     def _selected(self, root: nn.Module) -> dict[str, Tensor]:
         return {name: p for p, name in self._names(root).items() if self._wanted.selected(name)}

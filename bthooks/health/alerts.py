@@ -170,7 +170,9 @@ class _Episode:
 def _alert(condition: str, lasting: Sequence[Finding], step: int) -> Alert:
     """The alert of the worst of the findings, with the places of the others."""
     worst = max(lasting, key=lambda finding: finding.severity)
-    message = f"{worst.part}: {worst.message}" if worst.part.startswith("head") else worst.message
+    message = worst.message
+    if worst.part.startswith(("head", "rank")):
+        message = f"{worst.part}: {message}"
     others = [finding.place for finding in lasting if finding is not worst]
     if others:
         message += f"; {len(others)} more: {listed(others)}"

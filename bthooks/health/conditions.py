@@ -2,12 +2,12 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..measure.figures import Figures
-from ..measure.nonfinite import Fault, Forward
+from ..measure.figures import Figures, OfRank
+from ..measure.nonfinite import Fault
 from ..names import tag
 
 _IDLE = 10  # checks
@@ -55,7 +55,7 @@ class Finding(NamedTuple):
     where: str
     severity: float  # 1 and more is in the condition, 1/2 and less is well
     message: str  # the figure
-    part: str = ""  # what of the place, as "head 3"
+    part: str = ""  # what of the place, as "head 3, rank 1"
 
     @property
     def place(self) -> str:
@@ -75,7 +75,7 @@ class Conditions:
     def look(self, figures: Figures, step: int) -> dict[str, list[Finding]]:
         """By condition, all places that were looked at."""
         limits = self._limits
-        faults = _faults(figures.forwards)
+        faults = _faults(figures)
         finite = {name: norm for name, norm in figures.layers.items() if math.isfinite(norm)}
         return {
             "nonfinite": faults,
@@ -86,8 +86,9 @@ class Conditions:
             "attention_collapse": _attention_collapse(figures, limits),
             "attention_logits": self._attention_logits(figures),
             "dead_activations": [
-                Finding(path, math.inf if low == high else 0.0, f"every value is {low:.3g}")
-                for path, (low, high) in figures.activations.items()
+                Finding(path, math.inf if low == high else 0.0, f"every value is {low:.3g}", part)
+                for part, of_rank in _ranks(figures)
+                for path, (low, high) in of_rank.activations.items()
             ],
             "learning_rate": self._learning_rate(figures, step),
             "miscalibration": _miscalibration(figures, limits, self._prefix),
@@ -152,13 +153,22 @@ def _nonfinite(figures: Figures) -> list[Finding]:
     ]
 
 
-def _faults(forwards: Iterable[Forward]) -> list[Finding]:
-    """The first fault of these forwards."""
+def _ranks(figures: Figures) -> list[tuple[str, OfRank]]:
+    """What is known of each rank, behind its name, if there are several."""
+    several = len(figures.ranks) > 1
+    return [(f"rank {rank}" * several, found) for rank, found in figures.ranks.items()]
+
+
+def _faults(figures: Figures) -> list[Finding]:
+    """The first fault of the forwards of each rank."""
     found = []
-    for forward in forwards:
-        if fault := forward.fault():
-            return [Finding(fault.path, math.inf, _cause(fault))]
-        found = [Finding("root", 0.0, "")]
+    for part, of_rank in _ranks(figures):
+        faults = [forward.fault() for forward in of_rank.forwards]
+        first = next(filter(None, faults), None)
+        if first is not None:
+            found.append(Finding(first.path, math.inf, _cause(first), part))
+        elif faults:
+            found.append(Finding("root", 0.0, "", part))
     return found
 
 
@@ -194,10 +204,11 @@ def _attention_collapse(figures: Figures, limits: Thresholds) -> list[Finding]:
             path,
             _below(limits.entropy, entropy) if near < 0.9 else 0.0,
             f"its entropy is {entropy:.2g} nats over {keys:.0f} keys",
-            f"head {head}",
+            ", ".join(filter(None, (f"head {head}", part))),
         )
-        for path, heads in figures.heads.items()
-        for head, (entropy, keys, near) in enumerate(heads)
+        for part, of_rank in _ranks(figures)
+        for path, heads in of_rank.heads.items()
+        for head, (entropy, keys, near) in heads.items()
         if keys > limits.keys
     ]
 

@@ -1,10 +1,10 @@
-"""Figures: the numbers of one step on the host, by name.
+"""Figures: the numbers of one step on the host, by name, of the whole job.
 
 These are what is judged (`health`) and what is written (`record`); no tag is made here.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -13,8 +13,19 @@ from . import attention
 from .attention import Head
 from .histograms import Histogram
 from .nonfinite import Forward
+from .ranks import Job, Series
 from .readings import Drawn, Readings
 from .scaling import Skips
+
+
+@dataclass
+class OfRank:
+    """What is judged of each rank: put together, what is wrong on one would be hidden."""
+
+    heads: Mapping[str, Mapping[int, Head]]  # module -> by number
+    # module -> the min and max, where there are several values
+    activations: Mapping[str, tuple[float, float]]
+    forwards: Sequence[Forward]  # what was not finite in each
 
 
 @dataclass
@@ -34,65 +45,153 @@ class Figures:
     # module -> statistic ->
     attention: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     heads: Mapping[str, Sequence[Head]] = field(default_factory=dict)  # module ->
-    # Of what turned out to be no attention: to be warned of, by site and reason.
-    no_maps: Sequence[tuple[str, str]] = ()
+    # What is to be warned of, by site and reason, as of what turned out to be no attention.
+    unsaid: Sequence[tuple[str, str]] = ()
     uncertainty: Mapping[str, float] = field(default_factory=dict)  # kind -> mean
     calibration: Mapping[str, float] = field(default_factory=dict)  # statistic ->
     chance: float = 0.0  # the calibration error of a model that is right as often as it says
     histograms: Mapping[Drawn, Histogram] = field(default_factory=dict)
-    # module -> the min and max, where there are several values
-    activations: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     nonfinite: Mapping[Drawn, float] = field(default_factory=dict)  # how many values, unless none
-    forwards: Sequence[Forward] = ()  # what was not finite in each
+    ranks: Mapping[int, OfRank] = field(default_factory=dict)
+    alone: Set[int] = frozenset()  # the ranks that have a tensor of which there is no copy
 
 
-def figures_of(readings: Readings, skips: Skips | None = None) -> Figures:
-    """The figures that `readings`, which are on the host, amount to."""
-    norms = {name: float(norm) for name, norm in readings.norms.items() if not norm < 0}
-    before_clip = {name: readings.norms_before_clip.get(name, -1.0) for name in norms}
-    ratios = {name: float(ratio) for name, ratio in readings.update_ratios.items()}
+def figures_of(
+    by_rank: Mapping[int, Readings], skips: Skips | None = None, is_all: bool = True
+) -> Figures:
+    """The figures that the readings of the ranks, which are on the host, amount to.
+
+    Unless they are of all ranks that have tensors of their own (`is_all`) they have no total.
+    """
+    job = Job({rank: readings.settled() for rank, readings in by_rank.items()})
+    norms, before_clip = job.norms("norms"), job.norms("norms_before_clip")
+    changes, sizes = job.norms("changes"), job.norms("sizes")
     scale, skipped = 1.0, None
-    if readings.scaling is not None:
-        scale, clean = map(float, readings.scaling.state)
+    scaling = next((found.scaling for found in job.by_rank.values() if found.scaling), None)
+    if scaling is not None:
+        scale, clean = map(float, scaling.state)
         if skips is not None:
-            skipped = skips.look(readings.scaling, scale, clean)
+            skipped = skips.look(scaling, scale, clean)
     layers: dict[str, list[float]] = {}
-    for name, norm in norms.items():
-        layers.setdefault(name.rpartition(".")[0] or "root", []).append(norm)
-    is_whole = norms and not any(norm < 0 for norm in before_clip.values())
-    maps = dict(readings.attention)
-    for path in readings.doubts:
-        maps[path] = attention.without_doubt(maps[path])
-    maps = {path: sums for path, sums in maps.items() if sums.numel()}
-    activations, nonfinite = {}, {}
-    for drawn, found in readings.histograms.items():
-        low, high, count, *_, lost = found.summary.tolist()
-        if drawn.group == "activations" and count > 1:
-            activations[drawn.name] = low, high
-        if lost:
-            nonfinite[drawn] = lost
+    for series, norm in norms.items():
+        layers.setdefault(_layer(series), []).append(norm)
+    for name in job.partial:
+        layers.pop(_layer(Series(name)), None)
+    is_all = is_all and not job.partial and bool(norms)
+    is_all_before = is_all and norms.keys() <= before_clip.keys()
+    maps, headless = job.maps()
+    heads = {path: attention.of_heads(sums) for path, sums in maps.items()}
+    histograms = job.histograms()
+    uncertainty: dict[str, list[float]] = {}
+    for rank in job.distinct(job.by_rank):
+        for kind, (sum_, count) in job.by_rank[rank].uncertainty.items():
+            total = uncertainty.setdefault(kind, [0.0, 0.0])
+            total[0], total[1] = total[0] + float(sum_), total[1] + float(count)
     return Figures(
-        metrics={name: float(value) for name, value in readings.metrics.items()},
-        learning_rates=_rates(readings, readings.learning_rates),
-        base_rates={g: rate for g, rate in readings.base_rates.items() if isinstance(rate, float)},
-        norms=norms,
+        metrics={n: float(v) for found in job.by_rank.values() for n, v in found.metrics.items()},
+        learning_rates=_of_all(job, lambda found: _rates(found, found.learning_rates)),
+        base_rates=_of_all(job, lambda found: _known(found.base_rates)),
+        effective_rates=_of_all(job, lambda found: _rates(found, found.effective_rates)),
+        norms={"".join(series): norm for series, norm in norms.items()},
         layers={layer: sum(own) / len(own) for layer, own in layers.items()},
-        effective_rates=_rates(readings, readings.effective_rates),
-        total_norm=math.hypot(*norms.values()) if norms else None,
-        total_norm_before_clip=math.hypot(*before_clip.values()) / scale if is_whole else None,
-        update_ratios={name: ratio for name, ratio in ratios.items() if not ratio < 0},
+        total_norm=math.hypot(*norms.values()) if is_all else None,
+        total_norm_before_clip=(
+            math.hypot(*map(before_clip.__getitem__, norms)) / scale if is_all_before else None
+        ),
+        update_ratios={
+            "".join(series): _ratio(change, sizes[series])
+            for series, change in changes.items()
+            if series in sizes
+        },
         skipped_steps=skipped,
         attention=attention.whole(maps),
-        heads={path: attention.of_heads(sums) for path, sums in maps.items()},
-        no_maps=[doubt for path, doubt in readings.doubts.items() if path not in maps],
-        uncertainty={
-            kind: float(sum_ / n) for kind, (sum_, n) in readings.uncertainty.items() if n
+        heads=heads,
+        unsaid=[*_unsaid(job), *((f"attention of {path}", _HEADLESS) for path in headless)],
+        uncertainty={kind: sum_ / n for kind, (sum_, n) in uncertainty.items() if n},
+        histograms=histograms,
+        nonfinite={
+            d: lost for d, found in histograms.items() if (lost := float(found.summary[-1]))
         },
-        histograms=readings.histograms,
-        activations=activations,
-        nonfinite=nonfinite,
-        forwards=readings.forwards,
+        ranks={rank: _of_rank(job, rank, maps, heads) for rank in job.by_rank},
+        alone=job.alone,
     )
+
+
+_HEADLESS = "left out: some of its heads are on ranks of which nothing is known"
+
+
+def _layer(series: Series) -> str:
+    return (series.name.rpartition(".")[0] or "root") + series.suffix
+
+
+def _ratio(change: float, size: float) -> float:
+    if size:
+        return change / size
+    return math.inf if change else math.nan
+
+
+def _known(rates: Mapping[str, Tensor | float]) -> dict[str, float]:
+    return {group: rate for group, rate in rates.items() if isinstance(rate, float)}
+
+
+def _of_all(job: Job, rates: Callable[[Readings], dict[str, float]]) -> dict[str, float]:
+    """The rates by group, also those of other ranks that differ from the first one's."""
+    found: dict[str, float] = {}
+    for rank, readings in job.by_rank.items():
+        for group, rate in rates(readings).items():
+            if found.setdefault(group, rate) != rate:
+                found[f"{group}/rank{rank}"] = rate
+    return found
+
+
+def _of_rank(
+    job: Job, rank: int, maps: Mapping[str, Tensor], of_all: Mapping[str, Sequence[Head]]
+) -> OfRank:
+    readings = job.by_rank[rank]
+    heads = {}
+    for path, sums in readings.attention.items():
+        part, name = readings.heads.get(path), path + job.suffix(path, rank)
+        first = 0 if part is None else part.place * sums.shape[1]
+        found = of_all[name] if maps.get(name) is sums else attention.of_heads(sums)
+        heads[name] = dict(enumerate(found, first))
+    activations = {}
+    for drawn, histogram in readings.histograms.items():
+        low, high, count, *_ = histogram.summary.tolist()
+        if drawn.group == "activations" and count > 1:
+            activations[drawn.name + job.suffix(drawn.name, rank)] = low, high
+    return OfRank(heads, activations, readings.forwards)
+
+
+def _unsaid(job: Job) -> list[tuple[str, str]]:
+    """What is to be said of how the ranks' numbers went together."""
+    found = [doubt for readings in job.by_rank.values() for doubt in readings.doubts.values()]
+    if job.differing:
+        (name, (one, other)), *_ = job.differing.items()
+        found.append(
+            (
+                "gradients differ between ranks",
+                f"that of {name} on ranks {one} and {other}, {len(job.differing)} in all, though "
+                "these parameters are the same there, as where gradients are reduced in the "
+                f"optimizer's step: what is written is rank {one}'s",
+            )
+        )
+    if several := list(dict.fromkeys(name for name, suffix in job.copies if suffix)):
+        found.append(
+            (
+                "one name on several ranks",
+                f"{several[0]}, {len(several)} in all, is not the same tensor on each: there is a "
+                "series for each, which ends with /rank<k>",
+            )
+        )
+    if job.partial:
+        found.append(
+            (
+                "parts of parameters",
+                f"left out: {job.partial[0]}, {len(job.partial)} in all, and totals: other parts "
+                "of these are on ranks of which nothing is known",
+            )
+        )
+    return found
 
 
 def _rates(readings: Readings, rates: Mapping[str, Tensor | float]) -> dict[str, float]:

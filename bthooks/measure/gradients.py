@@ -1,14 +1,16 @@
 """Gradients: their norms, by parameter name, as 0-d float32 tensors on their devices. Pure."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..names import parameter_names
 from ..torch_private import norm_of_each
 from .dtypes import as_real, widened
-from .sharded import local, readable, whole_norms
+from .sharded import is_sharded, local, readable
 
 # Summed in float32 in one stage, the norm of 1 k equal elements is off by 8e-7 on the CPU, that of
 # 4 k by 3e-6, that of 38.6 M by 2.7e-3.
@@ -28,7 +30,40 @@ def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
     """
     parameters = {name: p for p, name in parameter_names(model).items()}
     found = norms({name: p.grad for name, p in parameters.items() if p.grad is not None})
-    return whole_norms(parameters, [found])[0]
+    return _whole(parameters, found)
+
+
+@torch.no_grad()
+def _whole(parameters: Mapping[str, Any], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The norms of whole tensors, from those of each rank's parts; -1 where no rank has one.
+
+    Every rank of a mesh must call this: one reduction per dimension of the mesh over which anything
+    is sharded, so one under FSDP2.
+    """
+    found = dict(parts)
+    meshes: dict[Any, list[str]] = {}
+    for name, parameter in parameters.items():
+        if is_sharded(parameter):
+            meshes.setdefault(parameter.device_mesh, []).append(name)
+    for mesh, names in meshes.items():
+        missing = torch.full((), -1, dtype=torch.float64, device=mesh.device_type)
+        norms = torch.stack([parts.get(name, missing).to(missing) for name in names])  # (names,)
+        is_there = ~(norms < 0)  # NaN too
+        sums = torch.stack([torch.where(is_there, norms.square(), 0), is_there.to(norms)])
+        placements = [parameters[name].placements for name in names]
+        for dimension in range(mesh.ndim):
+            copied = [on[dimension].is_replicate() for on in placements]
+            if all(copied):
+                continue
+            if any(copied):
+                weights = [1 / mesh.size(dimension) if copy else 1.0 for copy in copied]
+                shares = torch.tensor(weights, dtype=sums.dtype)
+                sums[0] *= shares.to(sums.device, non_blocking=True)
+            dist.all_reduce(sums, group=mesh.get_group(dimension))
+        squares, there = sums
+        wholes = torch.where(there > 0, squares.sqrt(), -1).to(torch.float32)
+        found.update(zip(names, wholes.unbind(), strict=True))
+    return found
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import copy
 import functools
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from .dtypes import widened
 from .histograms import Histogram, histogram
 from .nonfinite import Forward
 from .scaling import Scaling
-from .sharded import readable
+from .sharded import Part, readable
 
 # Bounds for a training loop in which no optimizer ever steps.
 _SAMPLES, _FORWARDS = 1 << 20, 64
@@ -57,10 +57,14 @@ class Readings:
     # Whether its optimizers, one for each parameter, stepped within one backward pass.
     in_backward: bool = False
     uncertainty: dict[str, Tensor] = field(default_factory=dict)  # kind -> (2,): sum, count
-    norms: dict[str, Tensor] = field(default_factory=dict)  # parameter -> 0-d
-    norms_before_clip: dict[str, Tensor] = field(default_factory=dict)  # parameter -> 0-d
-    update_ratios: dict[str, Tensor] = field(default_factory=dict)  # parameter -> 0-d
+    # Of what this rank has of each parameter, by its name, 0-d each; -1 where nothing is updated.
+    norms: dict[str, Tensor] = field(default_factory=dict)  # of the gradient
+    norms_before_clip: dict[str, Tensor] = field(default_factory=dict)
+    changes: dict[str, Tensor] = field(default_factory=dict)  # norms of the updates
+    sizes: dict[str, Tensor] = field(default_factory=dict)  # norms of the parameters
+    parts: dict[str, Part] = field(default_factory=dict)  # of those that are not whole here
     attention: dict[str, Tensor] = field(default_factory=dict)  # module -> its accumulators
+    heads: dict[str, Part] = field(default_factory=dict)  # module -> if there are others elsewhere
     # Of a map that may turn out to be none: what is to be warned of then, by site and reason.
     doubts: dict[str, tuple[str, str]] = field(default_factory=dict)  # module ->
     histograms: dict[Drawn, Histogram] = field(default_factory=dict)
@@ -79,6 +83,16 @@ class Readings:
         del self.forwards[_FORWARDS:]
         self.scaling = other.scaling or self.scaling
         self.in_backward |= other.in_backward
+
+    def settled(self) -> "Readings":
+        """On the host: without what was no attention, and what was finite in each forward."""
+        maps = dict(self.attention)
+        for path in self.doubts.keys() & maps.keys():
+            maps[path] = attention.without_doubt(maps[path])
+        maps = {path: sums for path, sums in maps.items() if sums.numel()}
+        doubts = {path: doubt for path, doubt in self.doubts.items() if path not in maps}
+        forwards = [found if found.fault() else Forward() for found in self.forwards]
+        return replace(self, attention=maps, doubts=doubts, forwards=forwards)
 
     def take_uncertainty(self) -> "Readings":
         """What is measured of the uncertainty, which is no longer here."""

@@ -61,11 +61,11 @@ class LossScale(NamedTuple):
             )
         return norms
 
-    def histogram(self, gradient: Tensor) -> Histogram:
+    def histogram(self, gradient: Tensor, is_part: bool) -> Histogram:
         """That of a gradient, as the optimizer applies it; empty where nothing is updated."""
         if (scale := self.scale) is not None:
             gradient = gradient / scale.to(gradient.device).reshape(())
-        found = histogram(gradient)
+        found = histogram(gradient, is_part)
         if (found_inf := self.found_inf) is not None:
             nothing = found_inf.to(gradient.device).reshape(()) > 0
             found = Histogram(*(part.masked_fill(nothing, 0) for part in found))

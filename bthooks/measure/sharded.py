@@ -1,10 +1,9 @@
-"""Sharded: norms of tensors whose parts lie on several ranks, by one reduction for all."""
+"""Sharded: tensors of which a rank has a part, and which part it is. Pure; no rank is asked."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..torch_private import without_overrides
@@ -12,12 +11,48 @@ from ..torch_private import without_overrides
 _PLAIN = {Tensor, nn.Parameter}  # hasattr takes 1 us to find that they have no such thing
 
 
+class Part(NamedTuple):
+    """Which part of a whole a rank has."""
+
+    ranks: tuple[int, ...]  # that have parts of it, or copies of these
+    place: int  # of this one among the parts
+    parts: int  # how many there are
+
+
+def part_of(tensor: Any, dimensions: slice = slice(None)) -> Part | None:
+    """Which part of a DTensor this rank holds; None where it holds none.
+
+    Of the mesh's `dimensions` alone: it is a part of what the others have left of the whole.
+    """
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return None
+    dims = [
+        dim for dim in range(mesh.ndim)[dimensions] if not tensor.placements[dim].is_replicate()
+    ]
+    place = 0
+    for dim in dims:
+        place = place * mesh.size(dim) + coordinate[dim]
+    parts = math.prod(mesh.size(dim) for dim in dims)
+    return Part(tuple(mesh.mesh.flatten().tolist()), place, parts)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's own part of a DTensor; another tensor as it is."""
     if type(tensor) in _PLAIN or not hasattr(tensor, "to_local"):
         return tensor
+    if any(placement.is_partial() for placement in getattr(tensor, "placements", ())):
+        raise ValueError(
+            "of a DTensor that is still to be summed over its ranks no rank has a part"
+        )
     part: Tensor = tensor.to_local()
     return part.wait() if hasattr(part, "wait") else part  # that of a collective under way
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank has of it, as a plain tensor."""
+    return readable(local(tensor))
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -47,43 +82,3 @@ def readable(tensor: Tensor) -> Tensor:
     except Exception as error:
         kind = type(tensor).__name__
         raise TypeError(f"the values of a {kind} can't be read: {error}") from error
-
-
-@torch.no_grad()
-def whole_norms(
-    parameters: Mapping[str, Any], parts: Sequence[Mapping[str, Tensor]]
-) -> list[dict[str, Tensor]]:
-    """The norms of whole tensors, from those of each rank's parts; -1 where no rank has one.
-
-    `parameters` are the same on every rank; one that is no DTensor is whole already. Every rank of
-    a mesh must call this with as many `parts`, norms by name: one reduction per dimension of the
-    mesh over which anything is sharded, so one under FSDP2.
-    """
-    found = [dict(part) for part in parts]
-    if not parts:
-        return found
-    meshes: dict[Any, list[str]] = {}
-    for name, parameter in parameters.items():
-        if is_sharded(parameter):
-            meshes.setdefault(parameter.device_mesh, []).append(name)
-    for mesh, names in meshes.items():
-        missing = torch.full((), -1, dtype=torch.float64, device=mesh.device_type)
-        rows = [[part.get(name, missing).to(missing) for name in names] for part in parts]
-        norms = torch.stack([torch.stack(row) for row in rows])  # (parts, names)
-        is_there = ~(norms < 0)  # NaN too
-        sums = torch.cat([torch.where(is_there, norms.square(), 0), is_there.to(norms)])
-        placements = [parameters[name].placements for name in names]
-        for dimension in range(mesh.ndim):
-            copied = [on[dimension].is_replicate() for on in placements]
-            if all(copied):
-                continue
-            if any(copied):
-                weights = [1 / mesh.size(dimension) if copy else 1.0 for copy in copied]
-                shares = torch.tensor(weights, dtype=sums.dtype)
-                sums[: len(parts)] *= shares.to(sums.device, non_blocking=True)
-            dist.all_reduce(sums, group=mesh.get_group(dimension))
-        squares, there = sums.chunk(2)
-        wholes = torch.where(there > 0, squares.sqrt(), -1).to(torch.float32)
-        for part, row in zip(found, wholes, strict=True):
-            part.update(zip(names, row.unbind(), strict=True))
-    return found

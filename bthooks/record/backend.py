@@ -22,8 +22,6 @@ from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
-import torch
-
 from ..measure.histograms import raw
 from .event import Event
 from .turns import put_off, turn
@@ -47,18 +45,11 @@ _CALLS: dict[str, Callable[[Any, str, Any, int], object]] = {
 }
 
 
-def is_main_rank() -> bool:
-    """Whether this process writes: rank 0, or no process group."""
-    ranks = torch.distributed
-    is_group = ranks.is_available() and ranks.is_initialized()
-    return not is_group or ranks.get_rank() == 0
-
-
 def write(writer: Any, event: Event, step: int) -> None:
     """Write `event` as one event of the backend's own file writer; else by `add_*` calls.
 
-    Nothing is written without a writer, or on a rank other than 0. A writer that takes nothing for
-    ten seconds is an OSError; one whose file was removed is warned of, once.
+    Nothing is written without a writer. A writer that takes nothing for ten seconds is an OSError;
+    one whose file was removed is warned of, once.
     """
     if put_off(partial(write, writer, event, step)):
         return
@@ -77,7 +68,7 @@ def hand_over(writer: Any, event: Event, step: int, patient: bool = True) -> Cal
     Returns:
         what saves the event from a kill, once the thread has taken it, and says whether it has.
     """
-    if writer is None or not is_main_rank():
+    if writer is None:
         return _is_settled
     backend = _backend(writer, "add_scalar" if event.hparams is None else "add_hparams")
     parts: dict[str, dict[str, Any]] = {
@@ -176,8 +167,7 @@ def supersede(writer: Any, step: int) -> bool:
         return False
     mark = backend.SessionLog(status=backend.SessionLog.START)
     for _ in range(2):  # TensorBoard's Python reader takes the first for the start of the run
-        if is_main_rank():
-            _wait_until(_give(writer, backend.Event(step=step, session_log=mark), step))
+        _wait_until(_give(writer, backend.Event(step=step, session_log=mark), step))
     return True
 
 

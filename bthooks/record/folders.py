@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..job import rank
 from ..report import Ledger
-from .backend import PACKAGES, close, is_main_rank, supersede
+from .backend import PACKAGES, close, supersede
 
 _FILE = "events.out.tfevents."
 
@@ -66,11 +67,13 @@ class Output:
 
     Attributes:
         writer: None where it is not open.
+        is_given: whether it is an object of the user's.
         process: which writes to it: in a fork of it the writer's thread is not there.
     """
 
     def __init__(self, writer: Any) -> None:
         self.writer = writer
+        self.is_given = writer is not None  # an object
         self.process = os.getpid()
 
     def is_here(self) -> bool:
@@ -115,7 +118,7 @@ class Folder(Output):
 
     def open(self, ledger: Ledger) -> Any:
         with self._lock:
-            if self.may_move() and not self._is_opening and is_main_rank():
+            if self.may_move() and not self._is_opening and rank() == 0:
                 self._is_opening = True
                 try:
                     self._open(ledger)

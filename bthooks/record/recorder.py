@@ -1,11 +1,14 @@
 """Recorder: the readings of each step until they are written, as one event, each tag once.
 
-A step goes to the host in the order of the steps, without a wait, and is written once it is there;
-what a flush in the middle of a step has written is not written again.
+A step goes to the host in the order of the steps, without a wait; once it is there it is written,
+with what the other ranks have sent of it, or sent to the rank that writes. What a flush in the
+middle of a step has written is not written again.
 """
 
 import contextlib
+import itertools
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -14,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from ..health.alerts import Alerts
+from ..job import rank
 from ..measure.figures import Figures, figures_of
 from ..measure.readings import Readings
 from ..measure.scaling import Skips, is_any_scaler
 from ..names import tag
 from ..report import Ledger
-from .backend import Removed, flush, hand_over, is_main_rank, was_told
+from .backend import PATIENCE, Removed, flush, hand_over, was_told
 from .event import event_of_model, prefixed
 from .folders import Folder, Output
+from .mail import Mail
+from .ranks import Ranks
 from .transfer import Reading
 from .turns import put_off, turn
 
@@ -35,6 +41,7 @@ class Pending:
     histograms: bool
     prefix: str = ""  # in front of the tags, "val" for a validation pass
     stepped: bool = False  # whether an optimizer has, or `advance()` said so
+    has_left: bool = False  # whether a part of it is on its way already
     readings: Readings = field(default_factory=Readings)
 
 
@@ -44,10 +51,14 @@ class Recorder:
     def __init__(self, output: Output, prefix: str, alerts: Alerts, ledger: Ledger) -> None:
         self.output, self.prefix, self.alerts = output, prefix, alerts
         self._ledger = ledger
+        slots = {found.ranks.slot for found in _recorders if tag(found.prefix) == tag(prefix)}
+        slot = next(slot for slot in itertools.count() if slot not in slots)
+        self.ranks: Ranks = Ranks(slot, prefix, output.is_given, ledger)
         self.skips = Skips()
         self._scalers: bool | None = None  # whether there is any
         self._waiting: list[Pending] = []
-        self._leaving: deque[tuple[Pending, Reading]] = deque()  # on their way to the host
+        self._leaving: deque[tuple[Pending, bool, Reading]] = deque()  # on their way to the host
+        self._written: tuple[Pending, dict[int, Readings]] | None = None  # the last, by rank
         # The step last written, and whether a kill would still lose it, or those before.
         self._unsettled: tuple[int, Callable[[], bool]] | None = None
         self._lost: list[int] = []  # the steps that could not be written
@@ -66,6 +77,11 @@ class Recorder:
             writer = self.output.open(self._ledger) if self.output.is_here() else None
         return writer
 
+    @property
+    def writes(self) -> bool:
+        """Whether it is this rank that writes, as far as is known."""
+        return self.ranks.writes
+
     def send(self, wait: bool = False) -> None:
         """Write what waits, as far as it has arrived on the host; with `wait`, all."""
         if not (self._waiting or self._leaving or self._unsettled) or not self.output.is_here():
@@ -77,38 +93,65 @@ class Recorder:
         with self._ledger.lock:
             self.alerts.tell()
 
-    def _send(self, wait: bool, *goes_on: Pending) -> None:
+    def send_ahead(self, *goes_on: Pending) -> None:
+        """Send what waits to the rank that writes, though steps may go on, which is not expected.
+
+        So it need not wait for the next step of this one.
+        """
+        if put_off(partial(self.send_ahead, *goes_on)):
+            return
+        with turn, self._ledger.lock:
+            self.ranks.look(goes_on[0].step)
+            if not self.writes:
+                self._send(False, *goes_on, are_over=True)
+
+    def _send(
+        self, wait: bool, *goes_on: Pending, are_over: bool = False, without: bool = False
+    ) -> None:
+        """As `send`; `without` what other ranks have not sent."""
         unsettled, self._unsettled = self._unsettled, None
         if unsettled is not None:
             step, is_settled = unsettled
             with self._losing(step):
                 self._unsettled = None if is_settled() else unsettled
         waiting, self._waiting = self._waiting, [*goes_on]
-        wait_for = len(self._leaving) if waiting else 0
+        # What is on its way since an earlier step is due where another one has begun.
+        wait_for = len(self._leaving) if any(not pending.has_left for pending in waiting) else 0
         for pending in waiting:
             readings, pending.readings = pending.readings, Readings()
+            if pending.has_left and readings == Readings():
+                continue
+            pending.has_left = True
             # A forward runs before we know whether its step is logged.
             if not pending.histograms:
                 readings.histograms, readings.samples = {}, {}
             if not pending.scalars:
                 readings.attention, readings.doubts, readings.uncertainty = {}, {}, {}
+            is_over = are_over or not any(pending is other for other in goes_on)
             with self._losing(pending.step):
-                self._leaving.append((pending, Reading(readings)))
+                self._leaving.append((pending, is_over, Reading(readings)))
+        if waiting:
+            self.ranks.look(waiting[0].step)
         while self._leaving:
-            pending, reading = self._leaving[0]
-            # Those of the last logging step are waited for, at the latest now.
-            is_due = wait or wait_for > 0
+            pending, is_over, reading = self._leaving[0]
+            is_due, may_leave = wait_for > 0, False
             with self._losing(pending.step):
-                is_due = is_due or reading.transfer.is_done()
-            if not is_due:
+                may_leave = is_due or (
+                    (wait or reading.transfer.is_done())
+                    and (without or self.ranks.are_in(pending.step, pending.prefix))
+                )
+            if not may_leave:
                 break
             self._leaving.popleft()
             wait_for -= 1
             with self._losing(pending.step):
-                self._write(pending, reading.result())
+                self._leave(pending, is_over, reading.result())
 
     def flush(self, *goes_on: Pending) -> None:
-        """Write what waits, to the disk; to a step that `goes_on` more may come."""
+        """Write what waits, to the disk; to a step that `goes_on` more may come.
+
+        A step of which other ranks have not sent all goes on waiting for them.
+        """
         if not self.output.is_here():
             return
         if put_off(partial(self.flush, *goes_on)):
@@ -116,9 +159,21 @@ class Recorder:
         with turn, self._ledger.lock:
             self._send(True, *goes_on)
             writer = self.output.writer
-            if writer is not None and is_main_rank() and not self._lost:
+            if writer is not None and self.writes and not self._lost:
                 with self._losing(None):
                     flush(writer)
+        with self._ledger.lock:
+            self.alerts.tell()
+
+    def finish(self, patience: float = PATIENCE) -> None:
+        """Write all, once the other ranks have sent what they have of it, or it takes too long."""
+        until = time.monotonic() + patience
+        while self._leaving and time.monotonic() < until:
+            time.sleep(0.01)
+            with turn, self._ledger.lock:
+                self._send(True)
+        with turn, self._ledger.lock:
+            self._send(True, without=True)
         with self._ledger.lock:
             self.alerts.tell()
 
@@ -129,6 +184,8 @@ class Recorder:
         for written (`_last`) is not.
         """
         self._waiting = []  # of a step that is abandoned, and flushed
+        self.finish(0)
+        self.ranks.resume()
         why = ""
         others = [found for found in _recorders if found is not self and self._shares(found)]
         wrote = self.has_written(step)
@@ -137,7 +194,7 @@ class Recorder:
         else:
             self._has_layout = False
             with self._ledger.guard("resume"):
-                if not self.output.supersede(step, self) and wrote and is_main_rank():
+                if self.writes and not self.output.supersede(step, self) and wrote:
                     why = "the writer is no SummaryWriter: what it wrote"
         if why:
             self._ledger.warn_once(
@@ -154,6 +211,9 @@ class Recorder:
         """Be found by its writer no more; the last one closes it, where attach opened it."""
         if put_off(self.close):
             return
+        self.finish()
+        with self._ledger.lock:
+            self.ranks.end()
         with contextlib.suppress(ValueError):
             _recorders.remove(self)
         if not any(map(self._shares, _recorders)):
@@ -165,9 +225,26 @@ class Recorder:
         ours, theirs = self.output, other.output
         return ours is theirs or (ours.writer is not None and ours.writer is theirs.writer)
 
+    def _leave(self, pending: Pending, is_over: bool, readings: Readings) -> None:
+        """Send on what has arrived on the host, or write it."""
+        if self.writes:
+            self._write(pending, readings)
+        elif readings != Readings():
+            self.ranks.send(Mail(pending.step, readings.settled(), pending.prefix, is_over))
+
     def _write(self, pending: Pending, readings: Readings) -> None:
-        figures = self._figures(readings)
-        for site, why in figures.no_maps:
+        if self._written is not None and self._written[0] is pending:  # a flush parted it
+            own = self._written[1][self.ranks.rank]
+            own.merge(readings)
+            readings = own
+        by_rank, is_all = self.ranks.with_others(pending.step, pending.prefix, readings)
+        self._written = pending, by_rank
+        figures = self._figures(by_rank, is_all)
+        if not pending.prefix:
+            self.ranks.judged({*by_rank}, {*figures.alone})
+        if len(by_rank) > 1:
+            self._ledger.captured("ranks", map(str, sorted(by_rank)))
+        for site, why in figures.unsaid:
             self._ledger.warn_once(site, why)
         verdict = self.alerts.judge(figures, pending.step, pending.prefix)
         event = event_of_model(
@@ -185,15 +262,16 @@ class Recorder:
             is_settled = hand_over(writer, event, pending.step, patient=not self._lost)
             self._unsettled = pending.step, is_settled
 
-    def _figures(self, readings: Readings) -> Figures:
+    def _figures(self, by_rank: dict[int, Readings], is_all: bool) -> Figures:
         """Without a total norm before clipping that is not one, and it is said why."""
-        figures = figures_of(readings, self.skips)
-        if (why := self._no_norm_before_clip(figures, readings)) is not None:
+        figures = figures_of(by_rank, self.skips, is_all)
+        is_scaled = any(readings.scaling for readings in by_rank.values())
+        if (why := self._no_norm_before_clip(figures, is_scaled)) is not None:
             self._ledger.warn_once("gradients/total_norm_before_clip", f"left out: {why}")
             figures = replace(figures, total_norm_before_clip=None)
         return figures
 
-    def _no_norm_before_clip(self, figures: Figures, readings: Readings) -> str | None:
+    def _no_norm_before_clip(self, figures: Figures, is_scaled: bool) -> str | None:
         total, before = figures.total_norm, figures.total_norm_before_clip
         if total is None:
             return None
@@ -202,7 +280,7 @@ class Recorder:
                 "no backward pass that accumulates all the gradients was seen to end: they were "
                 "set by hand, or under compiled autograd, where torch calls no hook at its end"
             )
-        if readings.scaling is not None or not 0 < total < before < math.inf:
+        if is_scaled or not 0 < total < before < math.inf:
             return None
         power = math.log2(before / total)  # clipping never divides by a power of two
         is_exact = power > 0.5 and abs(power - round(power)) < 1e-5
@@ -254,6 +332,12 @@ _recorders: list[Recorder] = []
 def recorder_of(writer: Any) -> Recorder | None:
     """The recorder that writes to `writer`, the first one of several."""
     return next((found for found in _recorders if found.output.writer is writer), None)
+
+
+def is_written(writer: Any) -> bool:
+    """Whether this rank writes what is logged by hand: rank 0, or the one that writes by itself."""
+    recorder = recorder_of(writer)
+    return rank() == 0 if recorder is None else recorder.writes
 
 
 def folder_of(folder: Path | str) -> Folder | None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .. import checks
-from .backend import PACKAGES, is_main_rank
+from ..job import rank
+from .backend import PACKAGES
 from .folders import refuse_folder
 
 _count = itertools.count()  # of tensorboardX's writers
@@ -64,7 +65,7 @@ def make_writer(
     checks.one_of("make_writer", "backend", backend, PACKAGES)
     root = checks.folder("make_writer", log_dir)
     run = None if experiment is None else checks.experiment("make_writer", root, experiment)
-    if not is_main_rank():
+    if rank() != 0:
         return None
     if isinstance(root, str):
         refuse_folder("make_writer", root, backend)

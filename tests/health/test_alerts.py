@@ -15,7 +15,7 @@ from bthooks import Thresholds, attach
 from bthooks.__main__ import main
 from bthooks.health.alerts import Alerts
 from bthooks.measure.attention import Head
-from bthooks.measure.figures import Figures
+from bthooks.measure.figures import Figures, OfRank
 from bthooks.report import Ledger
 
 from ..conftest import read
@@ -91,7 +91,8 @@ def rates(*values):
 
 def heads(*found):
     """Entropy, keys and the weight on a neighbour, of each head."""
-    return Figures(heads={"a": [Head(*head) for head in found]})
+    of_rank = OfRank({"a": dict(enumerate(Head(*head) for head in found))}, {}, [])
+    return Figures(ranks={0: of_rank})
 
 
 HEALTHY = {
@@ -153,7 +154,10 @@ ILL = {
         rates(*(0.01 * at for at in range(1, 1003))),
         "learning_rate: learning_rate/0: step 10010: has risen for all 10010 steps",
     ),
-    "dead": ([Figures(activations={"relu": (0.0, 0.0)})] * 2, "dead_activations: relu: step"),
+    "dead": (
+        [Figures(ranks={0: OfRank({}, {"relu": (0.0, 0.0)}, [])})] * 2,
+        "dead_activations: relu: step",
+    ),
     "calibration": (
         [Figures(calibration={"ece": 0.2, "gap": -0.1})] * 2,
         "miscalibration: calibration/ece: step 10: the expected calibration error is 0.2: under",

@@ -1,0 +1,243 @@
+"""Ranks: what goes from rank to rank, so that one of them writes for the whole job.
+
+It goes through the store of the process group, by a connection of our own: no collective, so that
+nothing that one rank does or omits holds another up.
+
+| key | who sets it | what |
+| --- | --- | --- |
+| `bthooks/<slot>/<prefix>` | the writer | nonce, rank, whether it was given a writer object |
+| `<nonce>/count`, `<nonce>/joined/<n>` | the n-th to announce itself | rank, first step |
+| `<nonce>/<rank>/<k>` | a rank | its k-th `Mail` |
+| `<nonce>/copies` | the writer | the ranks whose parameters are copies of others' |
+"""
+
+import contextlib
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from .. import job
+from ..measure.histograms import compact
+from ..measure.readings import Readings
+from ..names import tag
+from ..report import Ledger
+from ..torch_private import default_group, own_store
+from .mail import Mail, put, remove
+from .others import Others
+
+_GRACE = 1.0  # seconds that the end of another attachment waits for one that writes
+_HELD, _UNTAKEN = 16, 64  # messages kept while no rank writes, and before one that takes none
+_NONE = b"-"
+
+
+class _Claim(NamedTuple):
+    """The attachment that writes."""
+
+    nonce: str
+    rank: int
+    has_writer: bool  # an object, that its rank was given
+
+
+class Ranks:
+    """The attachments of one prefix on all ranks, as the one on this rank sees them.
+
+    Of several attachments of one prefix on a rank each has its `slot`: they are made in the same
+    order on every rank. Rank 0 writes, unless others have a writer object and it has none: then the
+    first of these.
+    """
+
+    def __init__(self, slot: int, prefix: str, has_writer: bool, ledger: Ledger) -> None:
+        self.slot, self.rank, self.size = slot, 0, 1
+        self._key = f"bthooks/{slot}/{tag(prefix)}"
+        self._has_writer, self._ledger = has_writer, ledger
+        self._group: object = None
+        self._store: Any = None
+        self._claim: _Claim | None = None  # of this attachment, or of the one that it sends to
+        self._others: Others | None = None  # where this rank writes
+        self._held: deque[Mail] = deque()  # to be sent
+        self._sent, self._lost, self._is_copy = 0, 0, False
+
+    @property
+    def writes(self) -> bool:
+        """Whether it is this rank that writes, as far as is known."""
+        return self.rank == 0 if self._claim is None else self._others is not None
+
+    @property
+    def are_several(self) -> bool:
+        return self._store is not None
+
+    def look(self, step: int) -> None:
+        """See which rank this is and which one writes; announce this one to it, from `step` on."""
+        with self._guarded():
+            group = default_group()
+            if group is not None and group is not self._group:
+                self._group, self._claim, self._others = group, None, None
+                self.rank, self.size = job.rank(), job.size()
+                self._store = own_store() if self.size > 1 else None
+            if self._store is None:
+                return
+            claim = self._claimed()
+            if self._is_mine(claim):
+                if self._others is None or claim != self._claim:
+                    self._publish()
+            elif claim is None:
+                self._forget()
+            elif claim != self._claim:
+                self._forget()
+                self._join(claim, step)
+
+    def _claimed(self) -> _Claim | None:
+        if not self._store.check([self._key]) or (value := self._store.get(self._key)) == _NONE:
+            return None
+        nonce, rank, has_writer = value.decode().split()
+        return _Claim(nonce, int(rank), has_writer == "True")
+
+    def _is_mine(self, claim: _Claim | None) -> bool:
+        """Whether it is this rank that writes, where `claim` is what is claimed."""
+        if claim is None or claim.rank == self.rank:
+            return self._has_writer or self.rank == 0
+        if self._has_writer:
+            return not claim.has_writer or self.rank < claim.rank
+        return self.rank == 0 and not claim.has_writer
+
+    def _publish(self) -> None:
+        if self._others is None:
+            self._claim = _Claim(uuid.uuid4().hex, self.rank, self._has_writer)
+            self._others = Others(
+                self._store, self._claim.nonce, self.rank, self.size, self._ledger
+            )
+        self._store.set(self._key, " ".join(map(str, self._claim or ())))
+
+    def _join(self, claim: _Claim, step: int) -> None:
+        """Announce this rank, unless an attachment before this one has."""
+        if not self._store.check([once := f"{claim.nonce}/rank/{self.rank}"]):
+            self._store.set(once, "")
+            number = self._store.add(f"{claim.nonce}/count", 1) - 1
+            first = min((mail.step for mail in self._held if mail.step >= 0), default=step)
+            self._store.set(f"{claim.nonce}/joined/{number}", f"{self.rank} {first}")
+            self._claim = claim
+
+    def _forget(self) -> None:
+        """Leave the attachment that writes no more; what it has not taken is no one's."""
+        if self._others is not None:
+            self._others.end()
+        elif self._claim is not None:
+            for number in range(max(0, self._sent - _UNTAKEN), self._sent):
+                remove(self._store, f"{self._claim.nonce}/{self.rank}/{number}")
+        self._claim, self._others, self._sent, self._is_copy = None, None, 0, False
+
+    def send(self, mail: Mail) -> None:
+        """Send what was measured of a step; it is kept for a while where no rank writes."""
+        self._held.append(mail)
+        while len(self._held) > _HELD:
+            self._held.popleft()
+            self._lost += 1
+        self.deliver()
+
+    def deliver(self) -> None:
+        """Send what is kept, if there is a rank that takes it."""
+        if not self._held:
+            return
+        self.look(max(0, self._held[0].step))
+        with self._guarded():
+            while self._held and self._claim is not None and self._others is None:
+                start = f"{self._claim.nonce}/{self.rank}"
+                if self._sent >= _UNTAKEN and self._store.check(
+                    [f"{start}/{self._sent - _UNTAKEN}"]
+                ):
+                    return
+                put(self._store, f"{start}/{self._sent}", self._lightened(self._held.popleft()))
+                self._sent += 1
+
+    def _lightened(self, mail: Mail) -> Mail:
+        """Without what the one that writes has itself: of parameters that are copies."""
+        readings, copies = mail.readings, f"{self._claim and self._claim.nonce}/copies"
+        if readings.histograms and not self._is_copy and self._store.check([copies]):
+            self._is_copy = str(self.rank) in self._store.get(copies).decode().split()
+        kept = {
+            drawn: compact(found)
+            for drawn, found in readings.histograms.items()
+            if not (self._is_copy and drawn.group in ("parameters", "gradients"))
+            or drawn.name in readings.parts
+        }
+        return mail._replace(readings=replace(readings, histograms=kept))
+
+    def take(self) -> bool:
+        """Take what the others have sent, a message of each; whether there was any."""
+        with self._guarded():
+            return self._others is not None and self._others.take()
+        return False
+
+    def are_in(self, step: int, prefix: str) -> bool:
+        """Whether all that announced themselves have sent what they measured of a step."""
+        is_any = True
+        while self._others is not None and is_any:
+            is_any = self.take()  # in which those are met that are new
+            if self._others is not None and self._others.are_in(step, prefix):
+                return True
+        return self._others is None
+
+    def with_others(
+        self, step: int, prefix: str, own: Readings
+    ) -> tuple[dict[int, Readings], bool]:
+        """What all ranks measured of a step that is written now; whether no total lacks any."""
+        while self.take():
+            pass
+        if self._others is None:
+            return {self.rank: own}, True
+        found = {self.rank: own} | self._others.of_step(step, prefix)
+        self._others.say()
+        return found, not self._others.lacks(found)
+
+    def judged(self, ranks: set[int], alone: set[int]) -> None:
+        """Of `ranks`, of which a step was written, some are `alone`, with tensors of their own."""
+        with self._guarded():
+            if self._others is not None:
+                self._others.judged(ranks, alone)
+
+    def resume(self) -> None:
+        """What was sent and not written is of steps that are abandoned."""
+        self._held.clear()
+        with self._guarded():
+            if self._others is not None:
+                self._others.end()
+                self._others = None
+                self._publish()
+
+    def end(self) -> None:
+        """This attachment ends."""
+        if self._store is None:
+            return
+        if self.writes:
+            with self._guarded():
+                if self._others is not None:
+                    self._store.set(self._key, _NONE)
+                    self._others.end()
+        else:
+            self._held.append(Mail(-1, Readings()))
+            until = time.monotonic() + _GRACE * (len(self._held) > 1)
+            self.deliver()
+            while self._held and self._store is not None and time.monotonic() < until:
+                time.sleep(0.02)
+                self.deliver()
+            lost = self._lost + len(self._held) - 1
+            if self._held and lost:
+                self._ledger.warn_once(
+                    "ranks",
+                    f"what rank {self.rank} measured in {lost} steps is not written: no rank has "
+                    "an attachment that writes, as rank 0 has",
+                )
+        self._store = self._others = None
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """What fails inside ends the exchange: it is said, and each rank goes on alone."""
+        try:
+            yield
+        except Exception as error:
+            self._store, self._others = None, None
+            if self._claim is None or self._claim.rank == self.rank or self._held:
+                self._ledger.failed("ranks", error)

@@ -356,8 +356,8 @@ def backward_pass() -> int | None:
 @_private
 def is_rehearsed() -> bool:
     """Whether a pipeline stage runs its module for the shapes alone, on memory that holds no data.
-    torch 2.13 does so with grad, earlier ones without, as in a rollout. Nothing public tells.
-    `_forward_metadata_inference` of `PipelineStage`, torch 2.13. Renamed, or not there: False."""
+    torch 2.13 does so with grad; torch <= 2.11 without, as in a rollout. Nothing public tells.
+    `_forward_metadata_inference` of `PipelineStage`. Renamed, or not there: False."""
     stage = sys.modules.get("torch.distributed.pipelining.stage")
     of_stage = getattr(stage, "PipelineStage", None)
     function = getattr(of_stage, "_forward_metadata_inference", None)
@@ -367,8 +367,8 @@ def is_rehearsed() -> bool:
 @_private
 def default_group() -> Any:
     """The default process group, None where there is none.
-    It tells whether it is another than before. `_get_default_group` of `distributed_c10d`, torch
-    <= 2.11. Renamed: an error."""
+    Nothing public tells whether it is another than before. `_get_default_group` of
+    `distributed_c10d`, torch <= 2.11. Renamed: an error."""
     ranks = torch.distributed
     if not (ranks.is_available() and ranks.is_initialized()):
         return None

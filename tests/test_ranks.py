@@ -74,7 +74,9 @@ def test_the_file_is_that_of_one_process(size, name, ran):
     assert job.files == 1
     for run in (job, alone):
         for tag in [*run.scalars, *run.histograms]:
-            if tag.startswith("val/") or (name in OTHER_BEFORE and "before_clip" in tag):
+            is_other = name in OTHER_BEFORE and "before_clip" in tag
+            # FSDP1 gives a gradient of zeros to what is not used.
+            if is_other or tag.startswith("val/") or (name == "fsdp1" and "unused" in tag):
                 run.scalars.pop(tag, None)
                 run.histograms.pop(tag, None)
     expected = {(tag, at): v for tag, points in alone.scalars.items() for at, v in points}

@@ -16,9 +16,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp.fully_sharded_data_parallel import FSDP_WRAPPED_MODULE
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.func import grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules import module
@@ -430,6 +432,43 @@ def test_after_backward():
     assert -1 != a == again != b == last_one != -1
     assert recomputed == [-1, a, -1, b]
     assert ended == [a, b]
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_default_group(group):
+    first = room.default_group()
+    assert first is not None
+    assert room.default_group() is first
+    dist.destroy_process_group()
+    assert room.default_group() is None
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert room.default_group() is not first
+
+
+def test_own_store(group):
+    one, other = room.own_store(), room.own_store()
+    assert one is not other
+    one.set("bthooks", "here")
+    assert other.get("bthooks") == b"here"
+    assert other.check(["bthooks"])
+    assert not other.check(["bthooks", "absent"])
+    assert other.delete_key("bthooks")
+
+
+def test_is_rehearsed(group):
+    child = Calls(lambda: (room.is_rehearsed(), torch.is_grad_enabled()), nn.Linear(2, 2))
+    stage = PipelineStage(child, 0, 1, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, 2, loss_fn=nn.functional.mse_loss)
+    schedule.step(torch.ones(4, 2), target=torch.ones(4, 2), losses=[])
+    assert child.seen[-2:] == [(False, True)] * 2
+    # With grad is run what is no rehearsal, and nothing else.
+    assert all(is_rehearsed or not has_grad for is_rehearsed, has_grad in child.seen[:-2])
 
 
 def test_backward_pass():

@@ -165,9 +165,9 @@ class Recorder:
         with self._ledger.lock:
             self.alerts.tell()
 
-    def finish(self, patience: float = PATIENCE) -> None:
+    def finish(self, patiently: bool = True) -> None:
         """Write all, once the other ranks have sent what they have of it, or it takes too long."""
-        until = time.monotonic() + patience
+        until = time.monotonic() + PATIENCE * patiently
         while self._leaving and time.monotonic() < until:
             time.sleep(0.01)
             with turn, self._ledger.lock:
@@ -184,7 +184,7 @@ class Recorder:
         for written (`_last`) is not.
         """
         self._waiting = []  # of a step that is abandoned, and flushed
-        self.finish(0)
+        self.finish(patiently=False)
         self.ranks.resume()
         why = ""
         others = [found for found in _recorders if found is not self and self._shares(found)]
@@ -337,7 +337,11 @@ def recorder_of(writer: Any) -> Recorder | None:
 def is_written(writer: Any) -> bool:
     """Whether this rank writes what is logged by hand: rank 0, or the one that writes by itself."""
     recorder = recorder_of(writer)
-    return rank() == 0 if recorder is None else recorder.writes
+    if recorder is None:
+        return rank() == 0
+    if rank() != 0:  # another may have a writer too
+        recorder.ranks.look(0)
+    return recorder.writes
 
 
 def folder_of(folder: Path | str) -> Folder | None:

@@ -301,7 +301,7 @@ def test_every_judgement_can_be_switched_off():
             attention={"a": {"max_logit": 1e30}},
             calibration={"ece": 1.0, "gap": 1.0},
             learning_rates={"0": 10.0**at},
-            heads={"a": [Head(0.0, 9.0, 0.0)]},
+            ranks={0: OfRank({"a": {0: Head(0.0, 9.0, 0.0)}}, {}, [])},
         )
         for at, norms in enumerate([equal] * 7 + [spread] * 7)
     ]

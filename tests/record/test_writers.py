@@ -118,6 +118,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 path = bthooks.attach(model, {str(tmp_path / "path")!r}, every=1)
 given = bthooks.attach(model, early, every=1)
 for step in range(2):
+    torch.distributed.barrier()
     bthooks.log_metrics(writer, {{"loss": 1.0}}, step)
     bthooks.log_metrics(early, {{"loss": 1.0}}, step)
     model(torch.ones(1, 2)).sum().backward()

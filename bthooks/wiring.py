@@ -139,6 +139,7 @@ class Wiring:
         if torch.compiler.is_compiling() or root is not self.root() or not self._may_train(root):
             return
         self.calls += 1
+        self.recorder.send_on()
         running = self._forward
         if running is not None and running.thread == threading.get_ident():
             is_inside = True
@@ -169,6 +170,7 @@ class Wiring:
             is_real = not (is_traced() or is_rehearsed() or is_running(mc_dropout))
             if is_real and not elsewhere:
                 self._optimizers.recheck()
+                self.recorder.ranks.look_first(slot.step)
                 self._handled, self._depth, self._slot = sys.exc_info()[1], 0, slot
                 due = slot.due._asdict()
                 self._forward = ObservedForward(root, given, self.wanted, **due, ledger=self.ledger)

@@ -1,7 +1,7 @@
 """Others: the other ranks, as the one that writes knows them: who they are and what they sent."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..measure.readings import Readings
@@ -25,6 +25,16 @@ class _Other:
         return not self.is_over and self.first <= step and self.reached < step
 
 
+@dataclass
+class _Without:
+    """The training steps that were written without some ranks."""
+
+    first: int
+    last: int = -1
+    count: int = 0
+    ranks: set[int] = field(default_factory=set)
+
+
 class Others:
     """The mail of those that announced themselves under the `nonce` of an attachment."""
 
@@ -35,7 +45,7 @@ class Others:
         self._boxes: dict[tuple[int, str], dict[int, Readings]] = {}  # by step and prefix
         self._written: dict[str, int] = {}  # by prefix, the last step
         self._are_copies_told = False
-        self._without: dict[str, dict[int, list[int]]] = {}  # by reason and rank: steps
+        self._without: dict[str, _Without] = {}  # by reason
 
     def take(self) -> bool:
         """Take the next message of each rank that has sent one; whether any has."""
@@ -102,29 +112,31 @@ class Others:
             if other is None or other.first > step:
                 why = "not attached"
             elif other.reached > step:
-                why = "logs other steps"
+                why = "that log other steps"
             elif other.is_over:
                 why = "detached before"
             else:
-                why = "has not sent what it measured"
-            self._without.setdefault(why, {}).setdefault(rank, []).append(step)
+                why = "from which nothing came"
+            without = self._without.setdefault(why, _Without(step))
+            without.count += without.last < step or not without.ranks
+            without.last = step
+            without.ranks.add(rank)
 
     def say(self, is_end: bool = False) -> None:
         """Say, once for each reason, which ranks the steps that were written are without."""
-        for why, ranks in self._without.items():
-            steps = sorted({step for of_rank in ranks.values() for step in of_rank})
+        for why, without in self._without.items():
+            ranks, first, last, count = without.ranks, without.first, without.last, without.count
             # At the first step others may be on their way to `attach`.
-            if why == "not attached" and len(steps) == 1 and not is_end:
+            if why == "not attached" and count == 1 and not is_end:
                 continue
-            which = ", ".join(map(str, [*ranks][:8])) + ", ..." * (len(ranks) > 8)
-            span = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+            which = ", ".join(map(str, sorted(ranks)[:8])) + ", ..." * (len(ranks) > 8)
+            steps = f"step {first}" if count == 1 else f"{count} steps from {first} to {last}"
             said = (
-                f"{which} of {self._size}, {why}: {len(steps)} steps ({span}) are written without; "
-                "means are those of the others, and what would be partial is left out"
+                f"{which} of {self._size}: written without, {steps}: means are those of the other "
+                "ranks, and what would be partial is left out"
             )
-            site = f"ranks, {why}"
-            self._ledger.warn_once(site, said)
-            self._ledger.note(site, said)
+            self._ledger.warn_once(f"ranks {why}", said)
+            self._ledger.note(f"ranks {why}", said)
 
     def lacks(self, ranks: Collection[int]) -> bool:
         """Whether tensors of their own are missing if what is there is that of `ranks`."""

@@ -12,6 +12,7 @@ nothing that one rank does or omits holds another up.
 """
 
 import contextlib
+import math
 import time
 import uuid
 from collections import deque
@@ -29,6 +30,7 @@ from .mail import Mail, put, remove
 from .others import Others
 
 _GRACE = 1.0  # seconds that the end of another attachment waits for one that writes
+_PAUSE = 0.1  # between two questions whether there is one, at 0.1 ms
 _HELD, _UNTAKEN = 16, 64  # messages kept while no rank writes, and before one that takes none
 _NONE = b"-"
 
@@ -47,10 +49,13 @@ class Ranks:
     Of several attachments of one prefix on a rank each has its `slot`: they are made in the same
     order on every rank. Rank 0 writes, unless others have a writer object and it has none: then the
     first of these.
+
+    Attributes:
+        writes: whether it is this rank, as far as is known.
     """
 
     def __init__(self, slot: int, prefix: str, has_writer: bool, ledger: Ledger) -> None:
-        self.slot, self.rank, self.size = slot, 0, 1
+        self.slot, self.rank, self.size, self.writes = slot, 0, 1, True
         self._key = f"bthooks/{slot}/{tag(prefix)}"
         self._has_writer, self._ledger = has_writer, ledger
         self._group: object = None
@@ -59,15 +64,21 @@ class Ranks:
         self._others: Others | None = None  # where this rank writes
         self._held: deque[Mail] = deque()  # to be sent
         self._sent, self._lost, self._is_copy = 0, 0, False
-
-    @property
-    def writes(self) -> bool:
-        """Whether it is this rank that writes, as far as is known."""
-        return self.rank == 0 if self._claim is None else self._others is not None
+        self._asked = -math.inf  # when it was last asked for a rank that writes
 
     @property
     def are_several(self) -> bool:
         return self._store is not None
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether something is kept for a rank that writes."""
+        return bool(self._held)
+
+    def look_first(self, step: int) -> None:
+        """Be known to the others before anything is sent, if there is a process group by now."""
+        if self._group is None:
+            self.look(step)
 
     def look(self, step: int) -> None:
         """See which rank this is and which one writes; announce this one to it, from `step` on."""
@@ -76,11 +87,13 @@ class Ranks:
             if group is not None and group is not self._group:
                 self._group, self._claim, self._others = group, None, None
                 self.rank, self.size = job.rank(), job.size()
+                self.writes = self.rank == 0
                 self._store = own_store() if self.size > 1 else None
             if self._store is None:
                 return
             claim = self._claimed()
-            if self._is_mine(claim):
+            self.writes = self._is_mine(claim)
+            if self.writes:
                 if self._others is None or claim != self._claim:
                     self._publish()
             elif claim is None:
@@ -135,12 +148,13 @@ class Ranks:
         while len(self._held) > _HELD:
             self._held.popleft()
             self._lost += 1
-        self.deliver()
+        self.deliver(now=True)
 
-    def deliver(self) -> None:
-        """Send what is kept, if there is a rank that takes it."""
-        if not self._held:
+    def deliver(self, now: bool = False) -> None:
+        """Send what is kept, if there is a rank that takes it, of which it is not always asked."""
+        if not self._held or (not now and time.monotonic() < self._asked + _PAUSE):
             return
+        self._asked = time.monotonic()
         self.look(max(0, self._held[0].step))
         with self._guarded():
             while self._held and self._claim is not None and self._others is None:
@@ -219,10 +233,10 @@ class Ranks:
         else:
             self._held.append(Mail(-1, Readings()))
             until = time.monotonic() + _GRACE * (len(self._held) > 1)
-            self.deliver()
+            self.deliver(now=True)
             while self._held and self._store is not None and time.monotonic() < until:
                 time.sleep(0.02)
-                self.deliver()
+                self.deliver(now=True)
             lost = self._lost + len(self._held) - 1
             if self._held and lost:
                 self._ledger.warn_once(
@@ -238,6 +252,6 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            self._store, self._others = None, None
-            if self._claim is None or self._claim.rank == self.rank or self._held:
+            self._store = self._others = None
+            if self.writes or self._held:  # else it ends behind the one that had the server
                 self._ledger.failed("ranks", error)

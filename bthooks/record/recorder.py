@@ -74,7 +74,8 @@ class Recorder:
         """The writer, opened if it is not; None where nothing is written, or it can't be opened."""
         writer = None
         with self._ledger.guard("event file"):
-            writer = self.output.open(self._ledger) if self.output.is_here() else None
+            is_here = self.output.is_here() and self.writes
+            writer = self.output.open(self._ledger) if is_here else None
         return writer
 
     @property
@@ -84,7 +85,8 @@ class Recorder:
 
     def send(self, wait: bool = False) -> None:
         """Write what waits, as far as it has arrived on the host; with `wait`, all."""
-        if not (self._waiting or self._leaving or self._unsettled) or not self.output.is_here():
+        is_any = self._waiting or self._leaving or self._unsettled or self.ranks.is_held_up
+        if not is_any or not self.output.is_here():
             return
         if put_off(partial(self.send, wait)):
             return
@@ -92,6 +94,12 @@ class Recorder:
             self._send(wait)
         with self._ledger.lock:
             self.alerts.tell()
+
+    def send_on(self) -> None:
+        """Send what has arrived on the host since, where another rank writes."""
+        if self._leaving and not self.writes and not put_off(self.send_on):
+            with turn, self._ledger.lock:
+                self._send(False, *self._waiting)
 
     def send_ahead(self, *goes_on: Pending) -> None:
         """Send what waits to the rank that writes, though steps may go on, which is not expected.
@@ -132,6 +140,7 @@ class Recorder:
                 self._leaving.append((pending, is_over, Reading(readings)))
         if waiting:
             self.ranks.look(waiting[0].step)
+        self.ranks.deliver()
         while self._leaving:
             pending, is_over, reading = self._leaving[0]
             is_due, may_leave = wait_for > 0, False
@@ -167,6 +176,8 @@ class Recorder:
 
     def finish(self, patiently: bool = True) -> None:
         """Write all, once the other ranks have sent what they have of it, or it takes too long."""
+        if put_off(partial(self.finish, patiently)):
+            return
         until = time.monotonic() + PATIENCE * patiently
         while self._leaving and time.monotonic() < until:
             time.sleep(0.01)

@@ -304,9 +304,12 @@ def whole(maps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     }
 
 
-def of_heads(accumulators: Tensor) -> list[Head]:
-    """What each head of a map is judged by, from its accumulators on the host."""
-    sums = Columns(*accumulators)
+def of_heads(maps: Mapping[str, Tensor]) -> dict[str, list[Head]]:
+    """What each head of each map is judged by, from its accumulators on the host."""
+    if not maps:
+        return {}
+    sums = Columns(*torch.cat([*maps.values()], dim=1))  # (heads of all,) each
     neighbour = torch.maximum(sums.before, sums.behind)
     means = torch.stack([sums.entropy, sums.keys, neighbour]) / sums.rows
-    return [Head(*head) for head in means.T.tolist()]
+    heads = iter(means.T.tolist())
+    return {path: [Head(*next(heads)) for _ in range(of.shape[1])] for path, of in maps.items()}

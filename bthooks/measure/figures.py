@@ -80,7 +80,7 @@ def figures_of(
     is_all = is_all and not job.partial and bool(norms)
     is_all_before = is_all and norms.keys() <= before_clip.keys()
     maps, headless = job.maps()
-    heads = {path: attention.of_heads(sums) for path, sums in maps.items()}
+    heads = attention.of_heads(maps)
     histograms = job.histograms()
     uncertainty: dict[str, list[float]] = {}
     for rank in job.distinct(job.by_rank):
@@ -112,7 +112,10 @@ def figures_of(
         nonfinite={
             d: lost for d, found in histograms.items() if (lost := float(found.summary[-1]))
         },
-        ranks={rank: _of_rank(job, rank, maps, heads) for rank in job.by_rank},
+        ranks={
+            rank: _of_rank(job, rank, heads if len(job.by_rank) == 1 else None)
+            for rank in job.by_rank
+        },
         alone=job.alone,
     )
 
@@ -144,16 +147,14 @@ def _of_all(job: Job, rates: Callable[[Readings], dict[str, float]]) -> dict[str
     return found
 
 
-def _of_rank(
-    job: Job, rank: int, maps: Mapping[str, Tensor], of_all: Mapping[str, Sequence[Head]]
-) -> OfRank:
+def _of_rank(job: Job, rank: int, known: Mapping[str, Sequence[Head]] | None) -> OfRank:
+    """What is judged of a rank, whose heads may be known already."""
     readings = job.by_rank[rank]
     heads = {}
-    for path, sums in readings.attention.items():
-        part, name = readings.heads.get(path), path + job.suffix(path, rank)
-        first = 0 if part is None else part.place * sums.shape[1]
-        found = of_all[name] if maps.get(name) is sums else attention.of_heads(sums)
-        heads[name] = dict(enumerate(found, first))
+    for path, found in (known or attention.of_heads(readings.attention)).items():
+        part = readings.heads.get(path)
+        first = 0 if part is None else part.place * len(found)
+        heads[path + job.suffix(path, rank)] = dict(enumerate(found, first))
     activations = {}
     for drawn, histogram in readings.histograms.items():
         low, high, count, *_ = histogram.summary.tolist()

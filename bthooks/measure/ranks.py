@@ -31,7 +31,7 @@ class Copy:
     @property
     def rank(self) -> int:
         """The first one that has a part of it."""
-        return min(self.holders.values())
+        return self.holders[0] if self.count == 1 else min(self.holders.values())
 
 
 class Series(NamedTuple):
@@ -59,8 +59,8 @@ class Job:
         self.alone: set[int] = set()
         # Of names that stand for several tensors: the suffixes by rank.
         self._suffixes: dict[str, dict[int, str]] = {}
-        names = (n for r in self.by_rank.values() for n in (*r.norms, *r.sizes, *r.parts))
-        tensors = {name: self._tensors(name) for name in dict.fromkeys(names)}
+        self._whole = {rank: Copy(1, {0: rank}) for rank in self.by_rank}
+        tensors = {name: self._tensors(name) for name in self._settle_copies()}
         # Of what is all zeros or ones at first the norm tells nothing; other tensors may.
         apart = {
             frozenset((one[0].rank, other[0].rank))
@@ -70,6 +70,37 @@ class Job:
         }
         for name, found in tensors.items():
             self._settle(name, self._parted(name, found, apart))
+
+    def _settle_copies(self) -> list[str]:
+        """See to what is whole on each rank and the same on all, as nearly all is.
+
+        Returns:
+            the other names.
+        """
+        first: dict[str, int] = {}  # the rank
+        shared: set[str] = set()
+        others = dict.fromkeys(n for readings in self.by_rank.values() for n in readings.parts)
+        for rank, readings in self.by_rank.items():
+            norms, sizes = readings.norms, readings.sizes
+            for name in norms | sizes if norms.keys() != sizes.keys() else norms:
+                known = first.setdefault(name, rank)
+                if known == rank or name in others:
+                    continue
+                shared.add(name)
+                one = self.by_rank[known]
+                for its, of, tolerance in (
+                    (one.sizes, sizes, _SAME),
+                    (one.norms, norms, _ALIKE),
+                ):
+                    a, b = its.get(name), of.get(name)
+                    if a != b and not (a is None or b is None or abs(a - b) <= tolerance * abs(a)):
+                        others[name] = None
+        for name, rank in first.items():
+            if name not in others:
+                self.copies[Series(name)] = self._whole[rank]
+                if name not in shared:
+                    self.alone.add(rank)
+        return [*others]
 
     def _tensors(self, name: str) -> list[list[Copy]]:
         """The copies of `name` that are whole, those of one tensor together."""
@@ -134,6 +165,9 @@ class Job:
 
     def _norm(self, name: str, copy: Copy, of: str) -> float | None:
         """The norm of a whole; None where no rank has one, as of a gradient that is None."""
+        if copy.count == 1:  # nearly always
+            norm = getattr(self.by_rank[copy.rank], of).get(name)
+            return None if norm is None or norm < 0 else float(norm)
         there = [getattr(self.by_rank[rank], of).get(name, -1.0) for rank in copy.holders.values()]
         known = [float(norm) for norm in there if not norm < 0]
         return math.hypot(*known) if known else None

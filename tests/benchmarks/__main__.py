@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from . import growth, measures, peers, steps
-from .timing import table
+from . import growth, measures, peers, ranks, steps
+from .timing import HEAD, table
 
-PARTS = {"steps": steps, "measures": measures, "growth": growth}
+PARTS = {"steps": steps, "measures": measures, "growth": growth, "ranks": ranks}
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
         for row in part.rows(arguments.quick):
             print(*row.cells(), sep=" | ", file=sys.stderr)
             found.append(row)
-        print(table(found), flush=True)
+        print(table(found, getattr(part, "HEAD", HEAD)), flush=True)
 
 
 def processor() -> str:
@@ -45,4 +45,5 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -9,9 +9,9 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Work = Callable[[], object]
 AGAIN = " again"  # the same way a second time: the noise
@@ -120,13 +120,15 @@ def row(
         yield Row(work, peer, timings.median(ours), timings.median(peer), ratio, noise, goal, note)
 
 
-def table(rows: Iterable[Row]) -> str:
+HEAD = ("work", "held against", "ours", "theirs", "ours : theirs", "noise", "goal", "")
+_NUMBERS = {"ours", "theirs", "ours : theirs", "noise"}
+
+
+def table(rows: Iterable[Any], head: Sequence[str] = HEAD) -> str:
     """The rows in Markdown."""
-    lines = [
-        "| work | held against | ours | theirs | ours : theirs | noise | goal | |",
-        "| --- | --- | ---: | ---: | ---: | ---: | --- | --- |",
-    ]
-    return "\n".join(lines + [f"| {' | '.join(row.cells())} |" for row in rows])
+    rules = ["---:" if name in _NUMBERS or head is not HEAD else "---" for name in head]
+    lines = [head, rules, *(row.cells() for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def factor(ratio: float) -> str:

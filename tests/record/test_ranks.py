@@ -101,7 +101,15 @@ class Job:
 
 @pytest.fixture
 def job(monkeypatch, tmp_path):
-    return lambda size: Job(monkeypatch, size, tmp_path / "job")
+    made = []
+
+    def make(size):
+        made.append(Job(monkeypatch, size, tmp_path / "job"))
+        return made[-1]
+
+    yield make
+    for job in made:
+        job.do("detach", *(rank.number for rank in job.ranks if rank.handle is not None))
 
 
 @contextlib.contextmanager

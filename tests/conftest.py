@@ -12,12 +12,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
+from .programs import DEADLINE, Programs  # noqa: F401
+
 # The models are small: where cores are shared, a second thread spins 10 times longer than it works.
 torch.set_num_threads(int(os.environ.get("BTHOOKS_TEST_THREADS", "1")))
-
-# Seconds that a test waits at most, for what it asks of a program that it started: with both cores
-# busy, what takes 3 s alone took 50.
-DEADLINE = 600
 
 BACKENDS = ("torch", "tensorboardX")
 
@@ -129,3 +127,11 @@ def once(tmp_path_factory):
         return folder
 
     return made
+
+
+@pytest.fixture(scope="session")
+def programs():
+    """Runs programs of their own."""
+    found = Programs()
+    yield found
+    found.end()

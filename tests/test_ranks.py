@@ -1,14 +1,12 @@
 """Real processes over gloo: their one event file is that of one process on the whole batch."""
 
 import json
-import subprocess
-import sys
+import socket
 from bisect import bisect_right
-from pathlib import Path
 
 import pytest
 
-from .conftest import DEADLINE, read
+from .conftest import read
 
 ALONE = {  # by size and run: the run of one process
     (2, "ddp"): "single",
@@ -32,27 +30,28 @@ ALONE = {  # by size and run: the run of one process
 OTHER_BEFORE = {"pipeline", "fsdp1"}
 
 
-def run(directory, size):
-    command = [sys.executable, "-m", "tests.ranks", str(directory)]
-    torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={size}", "--tee=3"]
-    commands = [[*command, str(size)], [*command[:2], *torchrun, *command[1:]]]
-    for command in commands:
-        finished = subprocess.run(
-            command,
-            cwd=Path(__file__).parent.parent,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE,
-        )
-        said = finished.stdout + finished.stderr
-        # torch's own threads of gloo abort at the end of 1 run in 12, without us as well.
-        is_aborted = "terminate called without an active exception" in said
-        is_whole = (directory / "said.json").exists()  # which is written last
-        assert finished.returncode == 0 or (is_aborted and is_whole), said[-8000:]
+ALONE_PROGRAM = """
+import pathlib, sys
+from tests.ranks import alone
+alone(pathlib.Path(sys.argv[1]), int(sys.argv[2]))
+"""
+JOB_PROGRAM = """
+import pathlib, sys
+from tests.ranks import job
+job(pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:]))
+"""
 
 
 @pytest.fixture(scope="session")
-def ran(once):
+def ran(once, programs):
+    def run(directory, size):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        found = programs.run(ALONE_PROGRAM, directory, size, folder=directory)
+        found += programs.run(JOB_PROGRAM, directory, port, size, folder=directory, count=size)
+        assert [status for status, _ in found] == [0] * (size + 1), found
+
     return lambda size: once(f"ranks{size}", lambda directory: run(directory, size))
 
 

@@ -32,7 +32,7 @@ from .others import Others
 _GRACE = 1.0  # seconds that the end of another attachment waits for one that writes
 _PAUSE = 0.1  # between two questions whether there is one, at 0.1 ms
 _HELD, _UNTAKEN = 16, 64  # messages kept while no rank writes, and before one that takes none
-_NONE = b"-"
+_ABSENT, _NONE = "?", b"-"  # what is under the key of an attachment that no rank writes for
 
 
 class _Claim(NamedTuple):
@@ -89,24 +89,23 @@ class Ranks:
                 self.rank, self.size = job.rank(), job.size()
                 self.writes = self.rank == 0
                 self._store = own_store() if self.size > 1 else None
-            if self._store is None:
+            while self._store is not None:
+                found = self._store.compare_set(self._key, _ABSENT, _ABSENT)  # a `get` would wait
+                claim = None
+                if found not in (_ABSENT.encode(), _NONE):
+                    nonce, rank, has_writer = found.decode().split()
+                    claim = _Claim(nonce, int(rank), has_writer == "True")
+                self.writes = self._is_mine(claim)
+                if self.writes:
+                    is_known = self._others is not None and claim == self._claim
+                    if not (is_known or self._publish(found)):
+                        continue  # another was quicker
+                elif claim is None:
+                    self._forget()
+                elif claim != self._claim:
+                    self._forget()
+                    self._join(claim, step)
                 return
-            claim = self._claimed()
-            self.writes = self._is_mine(claim)
-            if self.writes:
-                if self._others is None or claim != self._claim:
-                    self._publish()
-            elif claim is None:
-                self._forget()
-            elif claim != self._claim:
-                self._forget()
-                self._join(claim, step)
-
-    def _claimed(self) -> _Claim | None:
-        if not self._store.check([self._key]) or (value := self._store.get(self._key)) == _NONE:
-            return None
-        nonce, rank, has_writer = value.decode().split()
-        return _Claim(nonce, int(rank), has_writer == "True")
 
     def _is_mine(self, claim: _Claim | None) -> bool:
         """Whether it is this rank that writes, where `claim` is what is claimed."""
@@ -116,13 +115,16 @@ class Ranks:
             return not claim.has_writer or self.rank < claim.rank
         return self.rank == 0 and not claim.has_writer
 
-    def _publish(self) -> None:
+    def _publish(self, found: bytes) -> bool:
+        """Claim to write, in place of what was `found`; whether nothing else is there by now."""
         if self._others is None:
             self._claim = _Claim(uuid.uuid4().hex, self.rank, self._has_writer)
             self._others = Others(
                 self._store, self._claim.nonce, self.rank, self.size, self._ledger
             )
-        self._store.set(self._key, " ".join(map(str, self._claim or ())))
+        value = " ".join(map(str, self._claim or ()))
+        expected = "" if found == _ABSENT.encode() else found.decode()
+        return bool(self._store.compare_set(self._key, expected, value) == value.encode())
 
     def _join(self, claim: _Claim, step: int) -> None:
         """Announce this rank, unless an attachment before this one has."""
@@ -219,7 +221,7 @@ class Ranks:
             if self._others is not None:
                 self._others.end()
                 self._others = None
-                self._publish()
+                self.look(0)
 
     def end(self) -> None:
         """This attachment ends."""

@@ -1,7 +1,6 @@
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
 import warnings
 
@@ -14,7 +13,7 @@ import bthooks
 from bthooks import attach, make_writer
 from bthooks.__main__ import main
 
-from ..conftest import DEADLINE, read
+from ..conftest import read
 
 
 def trained(handle_of, steps=3, model=None, **options):
@@ -51,16 +50,14 @@ def test_nothing_is_there_before_the_first_write(tmp_path, backend):
     assert steps_in(tmp_path, "train/loss") == [0, 1]
 
 
-def ran(code, *arguments, count=1):
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", PREAMBLE + code]
-    command += map(str, arguments)
-    started = [
-        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
-        for rank in range(count)
-    ]
-    for process in started:
-        assert "bthooks" not in process.communicate(timeout=DEADLINE)[1]
-        assert process.returncode == 0
+@pytest.fixture
+def ran(programs, tmp_path):
+    def run(code, *arguments, count=1):
+        found = programs.run(PREAMBLE + code, *arguments, folder=tmp_path, count=count)
+        assert [status for status, _ in found] == [0] * count, found
+        assert not any("bthooks" in said for _, said in found), found
+
+    return run
 
 
 PREAMBLE = """
@@ -87,7 +84,7 @@ assert (handle.writer is None) == (rank == 1)
 """
 
 
-def test_attach_before_the_process_group_makes_one_file(tmp_path, backend):
+def test_attach_before_the_process_group_makes_one_file(ran, tmp_path, backend):
     ran(RANKS, tmp_path / "run", backend, tmp_path / "store", count=2)
     assert read(tmp_path / "run").files == 1
     assert steps_in(tmp_path / "run") == [0, 1, 2]
@@ -142,10 +139,10 @@ for batch in loader:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize("code", FORKS.values(), ids=FORKS)
-def test_one_process_writes_around_a_fork(code, tmp_path, backend):
-    ran(code, tmp_path, backend)
-    assert read(tmp_path).files == 1
-    assert steps_in(tmp_path) == [0, 1, 2]
+def test_one_process_writes_around_a_fork(code, ran, tmp_path, backend):
+    ran(code, tmp_path / "run", backend)
+    assert read(tmp_path / "run").files == 1
+    assert steps_in(tmp_path / "run") == [0, 1, 2]
 
 
 EXITS = """
@@ -159,7 +156,7 @@ train(2)
 """
 
 
-def test_an_exit_without_a_word_loses_nothing(tmp_path, backend):
+def test_an_exit_without_a_word_loses_nothing(ran, tmp_path, backend):
     """Its own handler comes before those of writers that were opened after attach."""
     ran(EXITS, tmp_path / "path", backend)
     (late,) = (tmp_path / "path" / "late").iterdir()

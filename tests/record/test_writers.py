@@ -17,7 +17,7 @@ from bthooks.names import distinct, tag
 from bthooks.record.backend import write
 from bthooks.record.event import Event
 
-from ..conftest import BACKENDS, DEADLINE, read
+from ..conftest import BACKENDS, read
 
 
 def test_a_run_is_one_file_in_its_folder(tmp_path, backend):
@@ -102,7 +102,7 @@ def test_bad_arguments_are_refused(tmp_path, backend, arguments, error, message)
     assert not list(tmp_path.rglob("*"))
 
 
-def test_other_ranks_have_no_writer_and_never_write(tmp_path):
+def test_other_ranks_have_no_writer_and_never_write(programs, tmp_path):
     code = f"""
 import sys, torch, bthooks
 from torch import nn
@@ -126,8 +126,8 @@ for step in range(2):
     optimizer.step()
 path.detach(); given.detach()
 """
-    ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank)]) for rank in range(2)]
-    assert [rank.wait(timeout=DEADLINE) for rank in ranks] == [0, 0]
+    found = programs.run(code, folder=tmp_path, count=2)
+    assert [status for status, _ in found] == [0, 0], found
     for name in ("run", "path", "early0"):
         run = read(tmp_path / name)
         assert run.files == 1

@@ -14,7 +14,7 @@ from .capture.wanted import KINDS, ON_REQUEST, Wanted
 from .handle import Handle, attached_to, be_first_at_exit
 from .health.alerts import Alert, Alerts
 from .health.conditions import Thresholds
-from .job import rank
+from .job import rank, size
 from .names import Selector, globs, selector
 from .record.backend import PACKAGES
 from .record.folders import Folder, Output, refuse_folder
@@ -135,6 +135,8 @@ def attach(
         refuse_folder("attach", target, backend)
     replaced = []
     for former, its_model in attached_to(target, prefix):
+        if target is None and size() > 1:
+            continue  # on the rank that writes they may have a writer each
         if its_model is model:
             warnings.warn(
                 "bthooks.attach: this model was attached to this writer already: this attachment "

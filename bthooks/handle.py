@@ -2,6 +2,7 @@
 
 import atexit
 import multiprocessing.util
+import time
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 
 from .health.alerts import Alert
 from .names import tag
+from .record.backend import PATIENCE
 from .report import Report
 from .unseen import unseen
 from .wiring import Wiring
@@ -21,9 +23,9 @@ class Handle:
     def __init__(self, model: nn.Module, wiring: Wiring, target: Any) -> None:
         self._wiring, self._schedule, self._recorder = wiring, wiring.schedule, wiring.recorder
         be_first_at_exit()
-        self._finalizer = weakref.finalize(model, self.detach)
-        self._finalizer.atexit = False
-        _attached[self] = wiring, target
+        finalizer = weakref.finalize(model, self.detach)
+        finalizer.atexit = False
+        _attached[self] = wiring, target, finalizer
 
     @property
     def step(self) -> int:
@@ -91,11 +93,7 @@ class Handle:
         A writer that `attach` opened is closed, if no other attachment writes to it. A second call
         does nothing.
         """
-        if _attached.pop(self, None) is None or not self._wiring.is_here():
-            return
-        self._finalizer.detach()
-        self._wiring.off()
-        self._recorder.close()
+        _end(self)
 
     def __enter__(self) -> "Handle":
         return self
@@ -104,7 +102,17 @@ class Handle:
         self.detach()
 
 
-_attached: dict[Handle, tuple[Wiring, Any]] = {}
+_attached: dict[Handle, tuple[Wiring, Any, "weakref.finalize[Any, Any]"]] = {}
+
+
+def _end(handle: Handle, until: float | None = None) -> None:
+    """Detach; what other ranks have not sent is waited for `until` then, else for 10 s."""
+    wiring, _, finalizer = _attached.pop(handle, (None, None, None))
+    if wiring is None or finalizer is None or not wiring.is_here():
+        return
+    finalizer.detach()
+    wiring.off()
+    wiring.recorder.close(until)
 
 
 def be_first_at_exit() -> None:
@@ -116,15 +124,16 @@ def be_first_at_exit() -> None:
 
 
 def _detach_all() -> None:
+    until = time.monotonic() + PATIENCE  # for all together
     for handle in tuple(_attached):
-        handle.detach()
+        _end(handle, until)
 
 
 def attached_to(target: Any, prefix: str) -> list[tuple[Handle, nn.Module | None]]:
     """The attachments that write to `target` under `prefix`, each with its model."""
     return [
         (handle, wiring.root())
-        for handle, (wiring, its_target) in _attached.items()
+        for handle, (wiring, its_target, _) in _attached.items()
         if its_target is target or its_target == target
         if tag(wiring.recorder.prefix) == tag(prefix)
     ]

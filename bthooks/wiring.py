@@ -95,14 +95,14 @@ class Wiring:
         with turn, self.ledger.lock:
             goes_on, pool, self._pool = [], self._pool, None
             if pool is not None and (slot := self.schedule.flush()) is not None:
-                self.recorder.add(Pending(slot.step, *slot.due, readings=pool))
+                self.recorder.add(Pending(slot.step, *slot.due, readings=pool, goes_on=True))
             elif pool is not None and self._step is not None:
                 self._step.readings.merge(pool)
             if self._step is not None:
                 goes_on.append(self._step)  # in which another optimizer may still step
             if self._validation is not None:  # what is a mean over the pass waits for its end
                 mean = self._validation.readings.take_uncertainty()
-                self._validation = replace(self._validation, readings=mean)
+                self._validation = replace(self._validation, readings=mean, has_left=False)
                 goes_on.append(self._validation)
         self.recorder.flush(*goes_on)
 
@@ -111,7 +111,7 @@ class Wiring:
         self._step = self._validation = None
 
     def off(self) -> None:
-        """Take everything off the model, the optimizers and torch; write what is left."""
+        """Take everything off the model, the optimizers and torch; flush what is left."""
         self.is_on = False
         if put_off(self.off):
             return
@@ -153,8 +153,9 @@ class Wiring:
             slot = self.schedule.eval_forward()
         elif torch.is_grad_enabled():
             slot = self.schedule.training_forward()
-            if self._validation is not None:
-                self.recorder.send_ahead(self._validation)
+            if self._validation is not None and self._validation.goes_on:
+                self._validation.goes_on = False
+                self.recorder.send_ahead(self._validation.step)
             if self.schedule.forwards == PATIENCE and not (self.schedule.steps or steps_on_stack()):
                 self.ledger.warn_once("optimizer", NO_STEP)
         else:
@@ -209,10 +210,12 @@ class Wiring:
         slot = self.schedule.validated(slot)
         pending = Pending(slot.step, *slot.due, prefix="val", readings=readings)
         if self.schedule.trains:
+            pending.goes_on = True
             self._validation = pending
         else:
             self.recorder.send()
         self.recorder.add(pending)
+        self.recorder.send_ahead(pending.step)
 
     def _place(self, root: nn.Module, readings: Readings) -> None:
         """Keep which heads of the maps in `readings` this rank has."""
@@ -326,8 +329,10 @@ class Wiring:
                 self.recorder.add(self._step)
             if self._step is not None or self._pool is not None:
                 self._measure(stepped, begins, backward)
-            if self._step is not None and not schedule.expects_more:
-                self.recorder.send_ahead(self._step)
+            if self._step is not None:
+                self._step.goes_on = schedule.expects_more
+                if not self._step.goes_on:
+                    self.recorder.send_ahead(self._step.step)
             if schedule.watches != self._gradients.is_watching:
                 self._watch()
 

@@ -78,7 +78,7 @@ def figures_of(
     for name in job.partial:
         layers.pop(_layer(Series(name)), None)
     is_all = is_all and not job.partial and bool(norms)
-    is_all_before = is_all and norms.keys() <= before_clip.keys()
+    is_all_before = is_all and norms.keys() <= before_clip.keys() and not job.is_reduced_late
     maps, headless = job.maps()
     heads = attention.of_heads(maps)
     histograms = job.histograms()
@@ -174,6 +174,14 @@ def _unsaid(job: Job) -> list[tuple[str, str]]:
                 f"that of {name} on ranks {one} and {other}, {len(job.differing)} in all, though "
                 "these parameters are the same there, as where gradients are reduced in the "
                 f"optimizer's step: what is written is rank {one}'s",
+            )
+        )
+    if job.is_reduced_late:
+        found.append(
+            (
+                "gradients/total_norm_before_clip",
+                "left out: at the end of backward() the gradients of one parameter differ between "
+                "ranks: they are reduced later",
             )
         )
     if several := list(dict.fromkeys(name for name, suffix in job.copies if suffix)):

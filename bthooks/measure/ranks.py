@@ -8,7 +8,7 @@ two tensors (local experts, slices of a pipeline that count from 0) where their 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,14 +49,17 @@ class Job:
         partial: names of which no copy is.
         differing: names of copies of one tensor with different gradients, with two of the ranks.
         alone: ranks that have a tensor, or a part of one, of which there is one copy.
+        is_reduced_late: whether copies differed at the end of the backward pass.
     """
 
     def __init__(self, by_rank: Mapping[int, Readings]) -> None:
-        self.by_rank = dict(sorted(by_rank.items()))
+        self.by_rank = by_rank
         self.copies: dict[Series, Copy] = {}
         self.partial: list[str] = []
         self.differing: dict[str, tuple[int, int]] = {}
         self.alone: set[int] = set()
+        self.is_reduced_late = False
+        self._alike: set[frozenset[int]] = set()  # ranks with a gradient that is the same
         # Of names that stand for several tensors: the suffixes by rank.
         self._suffixes: dict[str, dict[int, str]] = {}
         self._whole = {rank: Copy(1, {0: rank}) for rank in self.by_rank}
@@ -88,13 +91,16 @@ class Job:
                     continue
                 shared.add(name)
                 one = self.by_rank[known]
-                for its, of, tolerance in (
-                    (one.sizes, sizes, _SAME),
-                    (one.norms, norms, _ALIKE),
+                if not (
+                    _is_close(one.sizes.get(name), sizes.get(name), _SAME)
+                    and _is_close(one.norms.get(name), norms.get(name), _ALIKE)
                 ):
-                    a, b = its.get(name), of.get(name)
-                    if a != b and not (a is None or b is None or abs(a - b) <= tolerance * abs(a)):
-                        others[name] = None
+                    others[name] = None
+                    continue
+                before = one.norms_before_clip.get(name), readings.norms_before_clip.get(name)
+                self.is_reduced_late |= not _is_close(*before, _ALIKE)
+                if norms.get(name):
+                    self._alike.add(frozenset((known, rank)))
         for name, rank in first.items():
             if name not in others:
                 self.copies[Series(name)] = self._whole[rank]
@@ -128,12 +134,15 @@ class Job:
                 continue
             groups = self._grouped(name, tensor, "norms", _ALIKE)
             first, *others = [group[0].rank for group in groups]
-            if any(frozenset((first, other)) in apart for other in others):
+            pairs = {frozenset((first, other)) for other in others}
+            # Where all gradients differ, those of copies may be reduced in the optimizer's step.
+            if not pairs.isdisjoint(apart) or not pairs.isdisjoint(self._alike):
                 found += groups
             else:
                 found.append(tensor)
                 if others:
                     self.differing[name] = first, others[0]
+                    self.alone.update(copy.rank for copy in tensor)
         return found
 
     def _grouped(
@@ -257,7 +266,8 @@ class Job:
         return next(under, {}).get(rank, "")
 
 
-def _is_close(a: float | None, b: float | None, tolerance: float) -> bool:
-    if a is None or b is None or (math.isnan(a) and math.isnan(b)):
+def _is_close(a: Any, b: Any, tolerance: float) -> bool:
+    """Whether two norms are, or one is not known."""
+    if a is None or b is None or a == b or (math.isnan(a) and math.isnan(b)):
         return True
     return math.isclose(a, b, rel_tol=tolerance)

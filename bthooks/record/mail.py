@@ -1,7 +1,8 @@
 """Mail: what one rank measured of a step, as a message in the store of the process group.
 
 What is longer than 1 MiB goes in pieces: over 8 MiB the server cuts the connection. Never `get` or
-`wait` for a key that may be absent: one that waits held the `set` of another thread up for 2.8 s.
+`wait`: for a key that is absent, as one that another rank has just deleted, they wait, and hold the
+`set` of another thread up (for 2.8 s).
 """
 
 import copyreg
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..measure.readings import Readings
 
 _PIECE = 1 << 20  # bytes
+_NO_VALUE = "?"
 
 
 class Mail(NamedTuple):
@@ -28,6 +30,13 @@ class Mail(NamedTuple):
     is_over: bool = True  # whether nothing more of this step is expected
 
 
+def read(store: Any, key: str) -> bytes | None:
+    """What is under `key`, None if nothing is; it never waits."""
+    # Nothing is compared with what no value is: what is there comes back, or this if nothing is.
+    found: bytes = store.compare_set(key, _NO_VALUE, _NO_VALUE)
+    return None if found == _NO_VALUE.encode() else found
+
+
 def put(store: Any, key: str, mail: Mail) -> None:
     """Put `mail` under `key`, which is there once all is."""
     data = pack(mail)
@@ -37,22 +46,23 @@ def put(store: Any, key: str, mail: Mail) -> None:
     store.set(key, b"%d " % len(pieces) + pieces[0])
 
 
-def take(store: Any, key: str) -> Mail:
-    """Take the mail that is under `key` out of the store."""
-    count, data = store.get(key).split(b" ", 1)
-    store.delete_key(key)
-    for number in range(1, int(count)):
-        data += store.get(f"{key}/{number}")
-        store.delete_key(f"{key}/{number}")
-    return unpack(data)
+def take(store: Any, key: str) -> Mail | None:
+    """Take the mail that is under `key` out of the store; None where it is not, or not all."""
+    if (found := read(store, key)) is None:
+        return None
+    count, data = found.split(b" ", 1)
+    pieces = [data, *(read(store, f"{key}/{number}") for number in range(1, int(count)))]
+    remove(store, key)
+    return unpack(b"".join(filter(None, pieces))) if None not in pieces else None
 
 
 def remove(store: Any, key: str) -> bool:
-    """Take out of the store, unread, what is under `key`; whether anything is."""
-    if not store.check([key]):
-        return False
-    take(store, key)
-    return True
+    """Delete what is under `key`; whether anything was."""
+    found = store.delete_key(key)
+    number = 1
+    while store.delete_key(f"{key}/{number}"):
+        number += 1
+    return bool(found)
 
 
 def pack(mail: Mail) -> bytes:

@@ -1,28 +1,35 @@
 """Others: the other ranks, as the one that writes knows them: who they are and what they sent."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..measure.readings import Readings
 from ..report import Ledger
-from .mail import Mail, remove, take
+from .mail import Mail, read, remove, take
 
 
 @dataclass
 class _Other:
     """Another rank."""
 
+    number: int  # in the order of the announcements
     first: int  # step, when it announced itself
     taken: int = 0  # messages
-    reached: int = -1  # the last step of which it sent all
+    reached: dict[str, int] = field(default_factory=dict)  # by prefix: the last step that is over
     is_over: bool = False  # its attachment
     validates: bool = False
     is_alone: bool = False  # it has tensors of which there is no copy
 
-    def owes(self, step: int) -> bool:
-        """Whether what it measured of a training step is still to come."""
-        return not self.is_over and self.first <= step and self.reached < step
+    def owes(self, step: int, prefix: str, may_validate: bool = False) -> bool:
+        """Whether what it measured of a step is still to come.
+
+        Of a validation if it trains no further, and is known to validate or `may_validate`.
+        """
+        if self.is_over or self.first > step or self.reached.get(prefix, -1) >= step:
+            return False
+        trains_on = self.reached.get("", -1) > step
+        return not prefix or ((self.validates or may_validate) and not trains_on)
 
 
 @dataclass
@@ -41,57 +48,52 @@ class Others:
     def __init__(self, store: Any, nonce: str, rank: int, size: int, ledger: Ledger) -> None:
         self._store, self._nonce, self._ledger = store, nonce, ledger
         self._rank, self._size = rank, size
-        self._known: dict[int, _Other] = {}  # by rank, in the order of their announcements
+        self._known: dict[int, _Other] = {}  # by rank
+        self._met = 0  # how many announcements
         self._boxes: dict[tuple[int, str], dict[int, Readings]] = {}  # by step and prefix
         self._written: dict[str, int] = {}  # by prefix, the last step
-        self._are_copies_told = False
+        self._copies: Set[int] = frozenset()  # ranks whose parameters are copies of others'
         self._without: dict[str, _Without] = {}  # by reason
 
     def take(self) -> bool:
         """Take the next message of each rank that has sent one; whether any has."""
         self._meet()
         known = {rank: other for rank, other in self._known.items() if not other.is_over}
-        keys = {rank: f"{self._nonce}/{rank}/{other.taken}" for rank, other in known.items()}
+        keys = {r: f"{self._nonce}/{other.number}/{other.taken}" for r, other in known.items()}
         if not keys:
             return False
         are_there = self._store.check([*keys.values()])  # one question, nearly always
         there = [rank for rank, key in keys.items() if are_there or self._store.check([key])]
         for rank in there:
             known[rank].taken += 1
-            self._put(rank, known[rank], take(self._store, keys[rank]))
+            if (mail := take(self._store, keys[rank])) is not None:
+                self._put(rank, known[rank], mail)
         return bool(there)
 
     def _meet(self) -> None:
         """Get to know those that have announced themselves."""
-        met = len(self._known)
-        if met == self._size - 1:
-            return
-        for number in range(met, self._store.add(f"{self._nonce}/count", 0)):
-            key = f"{self._nonce}/joined/{number}"
-            if not self._store.check([key]):
+        for number in range(self._met, self._store.add(f"{self._nonce}/count", 0)):
+            if (found := read(self._store, f"{self._nonce}/joined/{number}")) is None:
                 break
-            rank, first = map(int, self._store.get(key).split())
-            self._known[rank] = _Other(first)
+            rank, first = map(int, found.split())
+            self._known[rank] = _Other(number, first)  # again, if its attachment is another
+            self._met = number + 1
 
     def _put(self, rank: int, other: _Other, mail: Mail) -> None:
         if mail.step < 0:
             other.is_over = True
             return
-        if mail.prefix:
-            other.validates = True
-        elif mail.is_over:
-            other.reached = max(other.reached, mail.step)
+        other.validates |= bool(mail.prefix)
+        if mail.is_over:
+            last = other.reached.get(mail.prefix, -1)
+            other.reached[mail.prefix] = max(last, mail.step)
         if mail.step >= self._written.get(mail.prefix, 0):
             box = self._boxes.setdefault((mail.step, mail.prefix), {})
             box.setdefault(rank, Readings()).merge(mail.readings)
 
-    def are_in(self, step: int, prefix: str) -> bool:
-        """Whether all have sent what they measured of a step; one that never validates need not."""
-        box = self._boxes.get((step, prefix), {})
-        if prefix:
-            late = (rank for rank, other in self._known.items() if other.validates)
-            return all(rank in box or not self._known[rank].owes(step + 1) for rank in late)
-        return not any(other.owes(step) for other in self._known.values())
+    def are_in(self, step: int, prefix: str, may_validate: bool) -> bool:
+        """Whether all have sent what they measured of a step."""
+        return not any(other.owes(step, prefix, may_validate) for other in self._known.values())
 
     def of_step(self, step: int, prefix: str) -> dict[int, Readings]:
         """What they sent of a step that is written now; what comes later of it is not."""
@@ -111,7 +113,7 @@ class Others:
             other = self._known.get(rank)
             if other is None or other.first > step:
                 why = "not attached"
-            elif other.reached > step:
+            elif other.reached.get("", -1) > step:
                 why = "that log other steps"
             elif other.is_over:
                 why = "detached before"
@@ -146,20 +148,21 @@ class Others:
         """Of `ranks`, of which a step was written, some are `alone`, with tensors of their own."""
         for rank in self._known.keys() & ranks:
             self._known[rank].is_alone = rank in alone
-        copies = sorted((self._known.keys() & ranks) - {*alone})
-        if copies and not self._are_copies_told:
-            self._are_copies_told = True
-            self._store.set(f"{self._nonce}/copies", " ".join(map(str, copies)))
+        copies = (self._known.keys() & ranks) - {*alone}
+        if copies != self._copies:
+            self._copies = copies
+            self._store.set(f"{self._nonce}/copies", " ".join(map(str, sorted(copies))))
 
     def end(self) -> None:
         """Take away all that is in the store under the nonce."""
         self.say(is_end=True)
         self._meet()
-        for rank, other in self._known.items():
-            while remove(self._store, f"{self._nonce}/{rank}/{other.taken}"):
+        for other in self._known.values():
+            while remove(self._store, f"{self._nonce}/{other.number}/{other.taken}"):
                 other.taken += 1
-        for number, rank in enumerate(self._known):
+        for number in range(self._met):
             self._store.delete_key(f"{self._nonce}/joined/{number}")
+        for rank in range(self._size):
             self._store.delete_key(f"{self._nonce}/rank/{rank}")
         for name in ("count", "copies"):
             self._store.delete_key(f"{self._nonce}/{name}")

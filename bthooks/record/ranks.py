@@ -7,7 +7,8 @@ nothing that one rank does or omits holds another up.
 | --- | --- | --- |
 | `bthooks/<slot>/<prefix>` | the writer | nonce, rank, whether it was given a writer object |
 | `<nonce>/count`, `<nonce>/joined/<n>` | the n-th to announce itself | rank, first step |
-| `<nonce>/<rank>/<k>` | a rank | its k-th `Mail` |
+| `<nonce>/<n>/<k>` | the same | its k-th `Mail` |
+| `<nonce>/rank/<rank>` | a rank | that it has announced itself once |
 | `<nonce>/copies` | the writer | the ranks whose parameters are copies of others' |
 """
 
@@ -26,13 +27,13 @@ from ..measure.readings import Readings
 from ..names import tag
 from ..report import Ledger
 from ..torch_private import default_group, own_store
-from .mail import Mail, put, remove
+from .mail import Mail, put, read, remove
 from .others import Others
 
-_GRACE = 1.0  # seconds that the end of another attachment waits for one that writes
+GRACE = 1.0  # seconds that the end of another attachment waits for one that writes
 _PAUSE = 0.1  # between two questions whether there is one, at 0.1 ms
 _HELD, _UNTAKEN = 16, 64  # messages kept while no rank writes, and before one that takes none
-_ABSENT, _NONE = "?", b"-"  # what is under the key of an attachment that no rank writes for
+_NONE = b"-"  # instead of the claim of an attachment that has ended
 
 
 class _Claim(NamedTuple):
@@ -63,7 +64,8 @@ class Ranks:
         self._claim: _Claim | None = None  # of this attachment, or of the one that it sends to
         self._others: Others | None = None  # where this rank writes
         self._held: deque[Mail] = deque()  # to be sent
-        self._sent, self._lost, self._is_copy = 0, 0, False
+        self._sent, self._lost = 0, 0
+        self._number, self._is_known = 0, False  # of its announcement; whether there was any
         self._asked = -math.inf  # when it was last asked for a rank that writes
 
     @property
@@ -90,9 +92,8 @@ class Ranks:
                 self.writes = self.rank == 0
                 self._store = own_store() if self.size > 1 else None
             while self._store is not None:
-                found = self._store.compare_set(self._key, _ABSENT, _ABSENT)  # a `get` would wait
-                claim = None
-                if found not in (_ABSENT.encode(), _NONE):
+                found, claim = read(self._store, self._key), None
+                if found not in (None, _NONE):
                     nonce, rank, has_writer = found.decode().split()
                     claim = _Claim(nonce, int(rank), has_writer == "True")
                 self.writes = self._is_mine(claim)
@@ -115,7 +116,7 @@ class Ranks:
             return not claim.has_writer or self.rank < claim.rank
         return self.rank == 0 and not claim.has_writer
 
-    def _publish(self, found: bytes) -> bool:
+    def _publish(self, found: bytes | None) -> bool:
         """Claim to write, in place of what was `found`; whether nothing else is there by now."""
         if self._others is None:
             self._claim = _Claim(uuid.uuid4().hex, self.rank, self._has_writer)
@@ -123,17 +124,21 @@ class Ranks:
                 self._store, self._claim.nonce, self.rank, self.size, self._ledger
             )
         value = " ".join(map(str, self._claim or ()))
-        expected = "" if found == _ABSENT.encode() else found.decode()
+        expected = "" if found is None else found.decode()
         return bool(self._store.compare_set(self._key, expected, value) == value.encode())
 
     def _join(self, claim: _Claim, step: int) -> None:
-        """Announce this rank, unless an attachment before this one has."""
-        if not self._store.check([once := f"{claim.nonce}/rank/{self.rank}"]):
+        """Announce this rank; where an attachment before this one has, with what is sent first.
+
+        For it is the former one's, as a rule, and ends.
+        """
+        once = f"{claim.nonce}/rank/{self.rank}"
+        if self._held or not self._store.check([once]):
             self._store.set(once, "")
-            number = self._store.add(f"{claim.nonce}/count", 1) - 1
+            self._number = self._store.add(f"{claim.nonce}/count", 1) - 1
             first = min((mail.step for mail in self._held if mail.step >= 0), default=step)
-            self._store.set(f"{claim.nonce}/joined/{number}", f"{self.rank} {first}")
-            self._claim = claim
+            self._store.set(f"{claim.nonce}/joined/{self._number}", f"{self.rank} {first}")
+            self._claim, self._is_known = claim, True
 
     def _forget(self) -> None:
         """Leave the attachment that writes no more; what it has not taken is no one's."""
@@ -141,8 +146,8 @@ class Ranks:
             self._others.end()
         elif self._claim is not None:
             for number in range(max(0, self._sent - _UNTAKEN), self._sent):
-                remove(self._store, f"{self._claim.nonce}/{self.rank}/{number}")
-        self._claim, self._others, self._sent, self._is_copy = None, None, 0, False
+                remove(self._store, f"{self._claim.nonce}/{self._number}/{number}")
+        self._claim, self._others, self._sent = None, None, 0
 
     def send(self, mail: Mail) -> None:
         """Send what was measured of a step; it is kept for a while where no rank writes."""
@@ -160,7 +165,7 @@ class Ranks:
         self.look(max(0, self._held[0].step))
         with self._guarded():
             while self._held and self._claim is not None and self._others is None:
-                start = f"{self._claim.nonce}/{self.rank}"
+                start = f"{self._claim.nonce}/{self._number}"
                 if self._sent >= _UNTAKEN and self._store.check(
                     [f"{start}/{self._sent - _UNTAKEN}"]
                 ):
@@ -171,12 +176,12 @@ class Ranks:
     def _lightened(self, mail: Mail) -> Mail:
         """Without what the one that writes has itself: of parameters that are copies."""
         readings, copies = mail.readings, f"{self._claim and self._claim.nonce}/copies"
-        if readings.histograms and not self._is_copy and self._store.check([copies]):
-            self._is_copy = str(self.rank) in self._store.get(copies).decode().split()
+        told = read(self._store, copies) if readings.histograms else None
+        is_copy = told is not None and str(self.rank) in told.decode().split()
         kept = {
             drawn: compact(found)
             for drawn, found in readings.histograms.items()
-            if not (self._is_copy and drawn.group in ("parameters", "gradients"))
+            if not (is_copy and drawn.group in ("parameters", "gradients"))
             or drawn.name in readings.parts
         }
         return mail._replace(readings=replace(readings, histograms=kept))
@@ -187,12 +192,15 @@ class Ranks:
             return self._others is not None and self._others.take()
         return False
 
-    def are_in(self, step: int, prefix: str) -> bool:
-        """Whether all that announced themselves have sent what they measured of a step."""
+    def are_in(self, step: int, prefix: str, may_validate: bool) -> bool:
+        """Whether all that announced themselves have sent what they measured of a step.
+
+        Of a validation: if they are known to validate, or all that may, as where it is the last.
+        """
         is_any = True
         while self._others is not None and is_any:
             is_any = self.take()  # in which those are met that are new
-            if self._others is not None and self._others.are_in(step, prefix):
+            if self._others is not None and self._others.are_in(step, prefix, may_validate):
                 return True
         return self._others is None
 
@@ -204,8 +212,10 @@ class Ranks:
             pass
         if self._others is None:
             return {self.rank: own}, True
-        found = {self.rank: own} | self._others.of_step(step, prefix)
+        others = self._others.of_step(step, prefix)
         self._others.say()
+        # Its own first: of what is the same on several ranks the first one's is written.
+        found = {self.rank: own} | dict(sorted(others.items()))
         return found, not self._others.lacks(found)
 
     def judged(self, ranks: set[int], alone: set[int]) -> None:
@@ -214,14 +224,14 @@ class Ranks:
             if self._others is not None:
                 self._others.judged(ranks, alone)
 
-    def resume(self) -> None:
-        """What was sent and not written is of steps that are abandoned."""
+    def resume(self, step: int) -> None:
+        """Go on at `step`: what was sent and not written is of steps that are abandoned."""
         self._held.clear()
         with self._guarded():
             if self._others is not None:
                 self._others.end()
                 self._others = None
-                self.look(0)
+                self.look(step)
 
     def end(self) -> None:
         """This attachment ends."""
@@ -234,17 +244,20 @@ class Ranks:
                     self._others.end()
         else:
             self._held.append(Mail(-1, Readings()))
-            until = time.monotonic() + _GRACE * (len(self._held) > 1)
+            is_late = len(self._held) > 1 and not self._is_known  # rank 0 may be about to attach
+            until = time.monotonic() + GRACE * is_late
             self.deliver(now=True)
             while self._held and self._store is not None and time.monotonic() < until:
                 time.sleep(0.02)
                 self.deliver(now=True)
             lost = self._lost + len(self._held) - 1
             if self._held and lost:
+                why = "the attachment that writes had ended"
+                if not self._is_known:
+                    why = "no rank has an attachment that writes, as rank 0 has"
                 self._ledger.warn_once(
                     "ranks",
-                    f"what rank {self.rank} measured in {lost} steps is not written: no rank has "
-                    "an attachment that writes, as rank 0 has",
+                    f"{lost} messages of what rank {self.rank} measured are not written: {why}",
                 )
         self._store = self._others = None
 
@@ -254,6 +267,6 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            self._store = self._others = None
+            self._store = self._others = self._claim = None
             if self.writes or self._held:  # else it ends behind the one that had the server
                 self._ledger.failed("ranks", error)

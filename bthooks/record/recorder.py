@@ -27,7 +27,7 @@ from .backend import PATIENCE, Removed, flush, hand_over, was_told
 from .event import event_of_model, prefixed
 from .folders import Folder, Output
 from .mail import Mail
-from .ranks import Ranks
+from .ranks import GRACE, Ranks
 from .transfer import Reading
 from .turns import put_off, turn
 
@@ -41,7 +41,14 @@ class Pending:
     histograms: bool
     prefix: str = ""  # in front of the tags, "val" for a validation pass
     stepped: bool = False  # whether an optimizer has, or `advance()` said so
+    goes_on: bool = False  # whether more is expected of it
     has_left: bool = False  # whether a part of it is on its way already
+    is_told: bool = False  # whether the rank that writes was told that it is over
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return self.step, self.prefix
+
     readings: Readings = field(default_factory=Readings)
 
 
@@ -57,8 +64,8 @@ class Recorder:
         self.skips = Skips()
         self._scalers: bool | None = None  # whether there is any
         self._waiting: list[Pending] = []
-        self._leaving: deque[tuple[Pending, bool, Reading]] = deque()  # on their way to the host
-        self._written: tuple[Pending, dict[int, Readings]] | None = None  # the last, by rank
+        self._leaving: deque[tuple[Pending, Reading]] = deque()  # on their way to the host
+        self._written: tuple[tuple[int, str], dict[int, Readings]] | None = None  # last, by rank
         # The step last written, and whether a kill would still lose it, or those before.
         self._unsettled: tuple[int, Callable[[], bool]] | None = None
         self._lost: list[int] = []  # the steps that could not be written
@@ -84,50 +91,56 @@ class Recorder:
         return self.ranks.writes
 
     def send(self, wait: bool = False) -> None:
-        """Write what waits, as far as it has arrived on the host; with `wait`, all."""
+        """Write what waits, as far as it has arrived on the host; with `wait`, all. It is over."""
         is_any = self._waiting or self._leaving or self._unsettled or self.ranks.is_held_up
         if not is_any or not self.output.is_here():
             return
         if put_off(partial(self.send, wait)):
             return
         with turn, self._ledger.lock:
+            self._end_all()
             self._send(wait)
         with self._ledger.lock:
             self.alerts.tell()
 
     def send_on(self) -> None:
         """Send what has arrived on the host since, where another rank writes."""
-        if self._leaving and not self.writes and not put_off(self.send_on):
-            with turn, self._ledger.lock:
-                self._send(False, *self._waiting)
+        if self._leaving and not self.writes:
+            self.send_ahead(self._leaving[0][0].step)
 
-    def send_ahead(self, *goes_on: Pending) -> None:
-        """Send what waits to the rank that writes, though steps may go on, which is not expected.
+    def send_ahead(self, step: int) -> None:
+        """Send what waits to the rank that writes, though it may go on.
 
         So it need not wait for the next step of this one.
         """
-        if put_off(partial(self.send_ahead, *goes_on)):
+        if put_off(partial(self.send_ahead, step)):
             return
         with turn, self._ledger.lock:
-            self.ranks.look(goes_on[0].step)
+            self.ranks.look(step)
             if not self.writes:
-                self._send(False, *goes_on, are_over=True)
+                self._send(False, *self._waiting)
+
+    def _end_all(self) -> None:
+        for pending in (*self._waiting, *(pending for pending, _ in self._leaving)):
+            pending.goes_on = False
 
     def _send(
-        self, wait: bool, *goes_on: Pending, are_over: bool = False, without: bool = False
+        self, wait: bool, *kept: Pending, without: bool = False, patiently: bool = False
     ) -> None:
-        """As `send`; `without` what other ranks have not sent."""
+        """As `send`; more may come to what is `kept`. `without` what other ranks have not sent."""
         unsettled, self._unsettled = self._unsettled, None
         if unsettled is not None:
             step, is_settled = unsettled
             with self._losing(step):
                 self._unsettled = None if is_settled() else unsettled
-        waiting, self._waiting = self._waiting, [*goes_on]
+        waiting, self._waiting = self._waiting, [*kept]
         # What is on its way since an earlier step is due where another one has begun.
-        wait_for = len(self._leaving) if any(not pending.has_left for pending in waiting) else 0
+        new = {pending.key for pending in waiting if not pending.has_left}
+        wait_for = sum(pending.key not in new for pending, _ in self._leaving) if new else 0
         for pending in waiting:
             readings, pending.readings = pending.readings, Readings()
-            if pending.has_left and readings == Readings():
+            is_nothing = pending.has_left and readings == Readings()
+            if is_nothing and (self.writes or pending.goes_on or pending.is_told):
                 continue
             pending.has_left = True
             # A forward runs before we know whether its step is logged.
@@ -135,26 +148,38 @@ class Recorder:
                 readings.histograms, readings.samples = {}, {}
             if not pending.scalars:
                 readings.attention, readings.doubts, readings.uncertainty = {}, {}, {}
-            is_over = are_over or not any(pending is other for other in goes_on)
             with self._losing(pending.step):
-                self._leaving.append((pending, is_over, Reading(readings)))
+                self._leaving.append((pending, Reading(readings)))
         if waiting:
             self.ranks.look(waiting[0].step)
         self.ranks.deliver()
         while self._leaving:
-            pending, is_over, reading = self._leaving[0]
+            pending, reading = self._leaving[0]
             is_due, may_leave = wait_for > 0, False
             with self._losing(pending.step):
                 may_leave = is_due or (
                     (wait or reading.transfer.is_done())
-                    and (without or self.ranks.are_in(pending.step, pending.prefix))
+                    and (without or self._are_in(pending, patiently))
                 )
             if not may_leave:
                 break
-            self._leaving.popleft()
-            wait_for -= 1
+            parts = self._take_leaving(pending.key)
+            wait_for -= len(parts)
             with self._losing(pending.step):
-                self._leave(pending, is_over, reading.result())
+                self._leave(pending, parts)
+
+    def _are_in(self, pending: Pending, patiently: bool) -> bool:
+        """Whether all is there of a step: also of this rank, if others have a part in it."""
+        if not (self.writes and self.ranks.are_several):
+            return True
+        return not pending.goes_on and self.ranks.are_in(*pending.key, patiently)
+
+    def _take_leaving(self, key: tuple[int, str]) -> list[Reading]:
+        """All that is on its way of the step that comes first."""
+        parts = []
+        while self._leaving and self._leaving[0][0].key == key:
+            parts.append(self._leaving.popleft()[1])
+        return parts
 
     def flush(self, *goes_on: Pending) -> None:
         """Write what waits, to the disk; to a step that `goes_on` more may come.
@@ -174,15 +199,17 @@ class Recorder:
         with self._ledger.lock:
             self.alerts.tell()
 
-    def finish(self, patiently: bool = True) -> None:
-        """Write all, once the other ranks have sent what they have of it, or it takes too long."""
-        if put_off(partial(self.finish, patiently)):
+    def finish(self, until: float) -> None:
+        """Write all, once the other ranks have sent what they have of it, or it is `until` then."""
+        if put_off(partial(self.finish, until)):
             return
-        until = time.monotonic() + PATIENCE * patiently
-        while self._leaving and time.monotonic() < until:
-            time.sleep(0.01)
+        self._end_all()
+        start = time.monotonic()
+        while (self._waiting or self._leaving) and time.monotonic() < until:
             with turn, self._ledger.lock:
-                self._send(True)
+                self._send(True, patiently=time.monotonic() < start + GRACE)
+            if self._leaving:
+                time.sleep(0.01)
         with turn, self._ledger.lock:
             self._send(True, without=True)
         with self._ledger.lock:
@@ -195,8 +222,9 @@ class Recorder:
         for written (`_last`) is not.
         """
         self._waiting = []  # of a step that is abandoned, and flushed
-        self.finish(patiently=False)
-        self.ranks.resume()
+        self.finish(until=0.0)
+        self.ranks.resume(step)
+        self._written = None
         why = ""
         others = [found for found in _recorders if found is not self and self._shares(found)]
         wrote = self.has_written(step)
@@ -218,11 +246,14 @@ class Recorder:
         """Whether it has written at `step` or after."""
         return any(last >= step for last in self._last.values())
 
-    def close(self) -> None:
-        """Be found by its writer no more; the last one closes it, where attach opened it."""
-        if put_off(self.close):
+    def close(self, until: float | None = None) -> None:
+        """Be found by its writer no more; the last one closes it, where attach opened it.
+
+        What other ranks have not sent is waited for `until` then.
+        """
+        if put_off(partial(self.close, until)):
             return
-        self.finish()
+        self.finish(time.monotonic() + PATIENCE if until is None else until)
         with self._ledger.lock:
             self.ranks.end()
         with contextlib.suppress(ValueError):
@@ -236,27 +267,31 @@ class Recorder:
         ours, theirs = self.output, other.output
         return ours is theirs or (ours.writer is not None and ours.writer is theirs.writer)
 
-    def _leave(self, pending: Pending, is_over: bool, readings: Readings) -> None:
+    def _leave(self, pending: Pending, parts: list[Reading]) -> None:
         """Send on what has arrived on the host, or write it."""
+        readings = Readings()
+        for part in parts:
+            readings.merge(part.result())
         if self.writes:
             self._write(pending, readings)
-        elif readings != Readings():
-            self.ranks.send(Mail(pending.step, readings.settled(), pending.prefix, is_over))
+        elif readings != Readings() or not pending.goes_on:
+            pending.is_told = not pending.goes_on
+            mail = Mail(pending.step, readings.settled(), pending.prefix, pending.is_told)
+            self.ranks.send(mail)
 
     def _write(self, pending: Pending, readings: Readings) -> None:
-        if self._written is not None and self._written[0] is pending:  # a flush parted it
-            own = self._written[1][self.ranks.rank]
-            own.merge(readings)
-            readings = own
-        by_rank, is_all = self.ranks.with_others(pending.step, pending.prefix, readings)
-        self._written = pending, by_rank
+        found, is_all = self.ranks.with_others(*pending.key, readings)
+        by_rank: dict[int, Readings] = {}
+        if self._written is not None and self._written[0] == pending.key:  # a flush parted it
+            by_rank = self._written[1]
+        for number, part in found.items():
+            by_rank.setdefault(number, Readings()).merge(part)
+        self._written = pending.key, by_rank
         figures = self._figures(by_rank, is_all)
         if not pending.prefix:
             self.ranks.judged({*by_rank}, {*figures.alone})
         if len(by_rank) > 1:
             self._ledger.captured("ranks", map(str, sorted(by_rank)))
-        for site, why in figures.unsaid:
-            self._ledger.warn_once(site, why)
         verdict = self.alerts.judge(figures, pending.step, pending.prefix)
         event = event_of_model(
             figures,
@@ -276,9 +311,11 @@ class Recorder:
     def _figures(self, by_rank: dict[int, Readings], is_all: bool) -> Figures:
         """Without a total norm before clipping that is not one, and it is said why."""
         figures = figures_of(by_rank, self.skips, is_all)
+        for site, why in figures.unsaid:
+            self._ledger.warn_once(site, why)
         is_scaled = any(readings.scaling for readings in by_rank.values())
-        if (why := self._no_norm_before_clip(figures, is_scaled)) is not None:
-            self._ledger.warn_once("gradients/total_norm_before_clip", f"left out: {why}")
+        if (reason := self._no_norm_before_clip(figures, is_scaled)) is not None:
+            self._ledger.warn_once("gradients/total_norm_before_clip", f"left out: {reason}")
             figures = replace(figures, total_norm_before_clip=None)
         return figures
 

@@ -41,6 +41,7 @@ class Rank:
     def __init__(self, number, sharpness):
         self.number, self.recorders, self.handle = number, [], None
         self.model = Attention(sharpness)
+        self.reduces = self.model.w.register_hook(torch.ones_like)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-9)
         scores = torch.eye(16) * sharpness**2
         self.entropy = torch.special.entr(scores.double().softmax(-1)).sum(-1).mean().item()
@@ -76,16 +77,14 @@ class Job:
         for number in numbers:
             with self.on(number) as rank:
                 target = self.directory if number == 0 else None
-                rank.handle = bthooks.attach(
-                    rank.model, target, every=every, histograms_every=1 << 40, **arguments
-                )
+                rank.handle = bthooks.attach(rank.model, target, every=every, **arguments)
 
     def step(self, *numbers):
         for number in numbers:
             with self.on(number) as rank:
                 rank.model(torch.eye(16)[None])["out"].square().mean().backward()
-                rank.model.w.grad.fill_(1.0)  # as reduced
                 rank.optimizer.step()
+                rank.optimizer.zero_grad()
 
     def do(self, what, *numbers):
         for number in numbers:
@@ -161,7 +160,7 @@ def test_without_the_rank_that_writes_nothing_waits_and_it_is_said(job):
             job.step(0, 1)
         job.do("detach", 1)
     assert len(said) == 1
-    assert "what rank 1 measured in 40 steps is not written" in said[0]
+    assert "40 messages of what rank 1 measured are not written: no rank has" in said[0]
     assert job.store.num_keys() == 0
     assert not job.directory.exists()
 
@@ -268,10 +267,12 @@ def test_a_resume_on_one_rank_alone_and_on_all(job):
 
 def test_a_writer_object_on_another_rank_is_what_is_written_to(job, tmp_path):
     job = job(2)
-    job.attach(0, on_error="raise")
+    job.attach(0, histograms_every=1, on_error="raise")
     with job.on(1) as rank:
         writer = torch.utils.tensorboard.SummaryWriter(str(tmp_path / "last"))
-        rank.handle = bthooks.attach(rank.model, writer, every=1, on_error="raise")
+        rank.handle = bthooks.attach(
+            rank.model, writer, every=1, histograms_every=1, on_error="raise"
+        )
     for _ in range(3):
         job.step(0, 1)
     with job.on(1):
@@ -281,6 +282,7 @@ def test_a_writer_object_on_another_rank_is_what_is_written_to(job, tmp_path):
     run = read(tmp_path / "last")
     assert dict(run.scalars["attention/mean_entropy"]) == dict.fromkeys(range(3), job.mean(0, 1))
     assert run.value("train/loss", 0) == 1.0
+    assert [step for step, _ in run.histograms["parameters/w"]] == [0, 1, 2]
     assert not job.directory.exists()
 
 
@@ -334,6 +336,7 @@ def test_one_name_on_two_ranks(parameter, job):
         job.attach(0, 1)
         for number in (0, 1):
             with job.on(number) as rank:
+                rank.reduces.remove()
                 rank.model(torch.eye(16)[None])["out"].square().mean().backward()
                 norms.append(rank.model.w.grad.abs().item())
                 rank.optimizer.step()
@@ -348,6 +351,103 @@ def test_one_name_on_two_ranks(parameter, job):
     else:
         assert found == pytest.approx({"w": norms[0]}, rel=1e-5)
         assert any("gradients differ between ranks: that of w on ranks 0 and 1" in s for s in said)
+
+
+def test_gradients_that_are_reduced_after_backward(job):
+    job = job(2)
+    with told() as said:
+        job.attach(0, 1)
+        for number in (0, 1):
+            with job.on(number) as rank:
+                rank.reduces.remove()
+                rank.model(torch.eye(16)[None])["out"].square().mean().backward()
+                rank.model.w.grad.fill_(1.0)
+                rank.optimizer.step()
+        job.do("detach", 1, 0)
+    assert read(job.directory).group("gradients/", 0).keys() == {
+        "norm/w",
+        "layer_mean/root",
+        "total_norm",
+    }
+    (one,) = said
+    assert "total_norm_before_clip: left out: at the end of backward() the gradients of one" in one
+
+
+@pytest.mark.parametrize("flushed", [(0,), (1,), (0, 1), (1, 0)])
+def test_a_flush_in_the_middle_of_a_step_costs_nothing(flushed, job):
+    job = job(2)
+    with told() as said:
+        job.attach(0, 1, on_error="raise")
+        for _ in range(3):
+            for number in (0, 1):
+                with job.on(number) as rank:
+                    rank.model(torch.eye(16)[None])["out"].square().mean().backward()
+            job.do("flush", *flushed)
+            for number in (0, 1):
+                with job.on(number) as rank:
+                    rank.optimizer.step()
+            job.do("flush", *flushed)
+        job.do("detach", 1, 0)
+    assert said == []
+    run = read(job.directory)
+    assert job.entropies() == dict.fromkeys(range(3), job.mean(0, 1))
+    assert [step for step, _ in run.scalars["gradients/total_norm"]] == [0, 1, 2]
+    assert [value for _, value in run.scalars["uncertainty/total"]] == [0.5] * 3
+
+
+def validate(rank, doubts):
+    rank.model.eval()
+    for doubt in doubts:
+        rank.model.sharpness = doubt
+        rank.model(torch.eye(16)[None])
+    rank.model.train()
+
+
+@pytest.mark.parametrize("flushed", [(), (0,), (0, 1), (1, 0)])
+def test_a_validation_is_of_all_that_validate(flushed, job):
+    """The last one too, after which nobody trains."""
+    job = job(2)
+    with told() as said:
+        job.attach(0, 1, on_error="raise")
+        for _ in range(3):
+            job.step(0, 1)
+            for number in (1, 0):
+                with job.on(number) as rank:
+                    validate(rank, [0.1, 0.2] if number else [0.3, 0.6, 0.6])
+            job.do("flush", *flushed)
+        job.do("detach", 1, 0)
+    assert said == []
+    run = read(job.directory)
+    assert run.scalars["val/uncertainty/total"] == [(at, pytest.approx(0.36)) for at in range(3)]
+
+
+def test_one_that_attaches_again_is_heard_again(job):
+    job = job(2)
+    job.attach(0, 1)
+    for step in range(6):
+        if step == 3:
+            job.do("detach", 1)
+            job.attach(1, step=3)
+        job.step(0, 1)
+    job.do("detach", 1, 0)
+    assert job.entropies() == dict.fromkeys(range(6), job.mean(0, 1))
+
+
+def test_a_model_with_two_writers_is_attached_twice_on_all_ranks(job, tmp_path):
+    job, handles = job(2), []
+    job.attach(0, 1, on_error="raise")
+    for number in (0, 1):
+        with job.on(number) as rank:
+            target = tmp_path / "second" if number == 0 else None
+            handles.append(bthooks.attach(rank.model, target, every=1, on_error="raise"))
+    for _ in range(3):
+        job.step(0, 1)
+    for number in (1, 0):
+        with job.on(number):
+            handles[number].detach()
+    job.do("detach", 1, 0)
+    second = dict(read(tmp_path / "second").scalars["attention/mean_entropy"])
+    assert job.entropies() == second == dict.fromkeys(range(3), job.mean(0, 1))
 
 
 def test_what_is_sent_comes_out_as_it_went_in():
@@ -384,7 +484,8 @@ def test_whatever_ranks_do_in_whatever_order(events, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.setattr(recorder, "PATIENCE", 0.02)
-        patch.setattr(exchange, "_GRACE", 0.02)
+        patch.setattr(exchange, "GRACE", 0.02)
+        patch.setattr(recorder, "GRACE", 0.02)
         job = Job(patch, 3, tmp_path_factory.mktemp("run") / "job")
         job.attach(*ALL, on_error="raise")
         for what, number in events:

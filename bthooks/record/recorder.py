@@ -163,23 +163,24 @@ class Recorder:
                 )
             if not may_leave:
                 break
-            parts = self._take_leaving(pending.key)
+            last, parts = self._take_leaving(pending.key)
             wait_for -= len(parts)
             with self._losing(pending.step):
-                self._leave(pending, parts)
+                self._leave(last, parts)
 
     def _are_in(self, pending: Pending, patiently: bool) -> bool:
         """Whether all is there of a step: also of this rank, if others have a part in it."""
         if not (self.writes and self.ranks.are_several):
             return True
-        return not pending.goes_on and self.ranks.are_in(*pending.key, patiently)
+        *_, last = (other for other, _ in self._leaving if other.key == pending.key)
+        return not last.goes_on and self.ranks.are_in(*pending.key, patiently)
 
-    def _take_leaving(self, key: tuple[int, str]) -> list[Reading]:
-        """All that is on its way of the step that comes first."""
+    def _take_leaving(self, key: tuple[int, str]) -> tuple[Pending, list[Reading]]:
+        """All that is on its way of the step that comes first, behind the last of it."""
         parts = []
         while self._leaving and self._leaving[0][0].key == key:
-            parts.append(self._leaving.popleft()[1])
-        return parts
+            parts.append(self._leaving.popleft())
+        return parts[-1][0], [reading for _, reading in parts]
 
     def flush(self, *goes_on: Pending) -> None:
         """Write what waits, to the disk; to a step that `goes_on` more may come.

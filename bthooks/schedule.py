@@ -81,6 +81,11 @@ class Schedule:
         return self._next + (0 if self.steps else self._inferences)
 
     @property
+    def upcoming(self) -> int:
+        """The number of the training step that begins next."""
+        return self._next
+
+    @property
     def trains(self) -> bool:
         """Whether eval forwards are a validation pass; before, they are inference."""
         return self._trains or self.steps > 0

@@ -313,7 +313,7 @@ class Wiring:
             self._close_forward()
             if schedule.steps == 1 or (self._step and not self._step.readings.forwards):
                 self._say_absent()
-            self.recorder.send()
+            self.recorder.send(schedule.upcoming)
             self._step = self._validation = None
             self._gradients.forget_names()
             optimizers.forget()

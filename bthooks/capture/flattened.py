@@ -7,6 +7,10 @@ from torch import Tensor, nn
 
 from ..measure.sharded import Part
 
+FLAT = (
+    "left out: FSDP1 accumulates the gradients of a unit in one flat parameter, and tells of no end"
+)
+
 
 class Flattened(Exception):
     """Which slice of a parameter this rank has can't be told."""

@@ -37,7 +37,7 @@ from ..torch_private import (
     is_traced,
     steps_on_stack,
 )
-from .flattened import Flattened, slices_of
+from .flattened import FLAT, Flattened, slices_of
 from .optimizers import Known, held
 from .wanted import Wanted
 
@@ -301,6 +301,8 @@ class Gradients:
     def _measure_norms(self) -> None:
         named, given, kinds = self._stepping, self._given, self._wanted.kinds
         self._ledger.captured("gradients", given.norms)
+        if self._slices and not given.norms_before_clip:
+            self._ledger.warn_once("gradients/total_norm_before_clip", FLAT)
         former = self._former
         if "updates" in kinds:
             with self._ledger.guard("update ratios"):

@@ -50,10 +50,10 @@ class Others:
         self._rank, self._size = rank, size
         self._known: dict[int, _Other] = {}  # by rank
         self._met = 0  # how many announcements
-        self._boxes: dict[tuple[int, str], dict[int, Readings]] = {}  # by step and prefix
-        self._written: dict[str, int] = {}  # by prefix, the last step
+        self.boxes: dict[tuple[int, str], dict[int, Readings]] = {}  # by step and prefix
+        self.written: dict[str, int] = {}  # by prefix, the last step
         self._copies: Set[int] = frozenset()  # ranks whose parameters are copies of others'
-        self._without: dict[str, _Without] = {}  # by reason
+        self.without: dict[str, _Without] = {}  # by reason
 
     def take(self) -> bool:
         """Take the next message of each rank that has sent one; whether any has."""
@@ -87,9 +87,13 @@ class Others:
         if mail.is_over:
             last = other.reached.get(mail.prefix, -1)
             other.reached[mail.prefix] = max(last, mail.step)
-        if mail.step >= self._written.get(mail.prefix, 0):
-            box = self._boxes.setdefault((mail.step, mail.prefix), {})
+        if mail.step >= self.written.get(mail.prefix, 0):
+            box = self.boxes.setdefault((mail.step, mail.prefix), {})
             box.setdefault(rank, Readings()).merge(mail.readings)
+
+    def adopt(self, former: "Others") -> None:
+        """Go on with what was sent by way of another process group, which has ended."""
+        self.boxes, self.written, self.without = former.boxes, former.written, former.without
 
     def are_in(self, step: int, prefix: str, may_validate: bool) -> bool:
         """Whether all have sent what they measured of a step."""
@@ -97,12 +101,10 @@ class Others:
 
     def of_step(self, step: int, prefix: str) -> dict[int, Readings]:
         """What they sent of a step that is written now; what comes later of it is not."""
-        found = self._boxes.get((step, prefix), {})
-        self._boxes = {
-            at: box for at, box in self._boxes.items() if at[0] > step or at[1] != prefix
-        }
-        is_new = self._written.get(prefix, -1) < step
-        self._written[prefix] = step
+        found = self.boxes.get((step, prefix), {})
+        self.boxes = {at: box for at, box in self.boxes.items() if at[0] > step or at[1] != prefix}
+        is_new = self.written.get(prefix, -1) < step
+        self.written[prefix] = step
         if is_new and not prefix:
             self._miss(step, found)
         return found
@@ -119,14 +121,14 @@ class Others:
                 why = "detached before"
             else:
                 why = "from which nothing came"
-            without = self._without.setdefault(why, _Without(step))
+            without = self.without.setdefault(why, _Without(step))
             without.count += without.last < step or not without.ranks
             without.last = step
             without.ranks.add(rank)
 
     def say(self, is_end: bool = False) -> None:
         """Say, once for each reason, which ranks the steps that were written are without."""
-        for why, without in self._without.items():
+        for why, without in self.without.items():
             ranks, first, last, count = without.ranks, without.first, without.last, without.count
             # At the first step others may be on their way to `attach`.
             if why == "not attached" and count == 1 and not is_end:

@@ -79,15 +79,18 @@ class Ranks:
 
     def look_first(self, step: int) -> None:
         """Be known to the others before anything is sent, if there is a process group by now."""
-        if self._group is None:
+        if default_group() is not self._group:
             self.look(step)
 
     def look(self, step: int) -> None:
         """See which rank this is and which one writes; announce this one to it, from `step` on."""
         with self._guarded():
-            group = default_group()
+            group, former = default_group(), None
             if group is not None and group is not self._group:
-                self._group, self._claim, self._others = group, None, None
+                while self.take():
+                    pass
+                former, self._others = self._others, None
+                self._group, self._claim = group, None
                 self.rank, self.size = job.rank(), job.size()
                 self.writes = self.rank == 0
                 self._store = own_store() if self.size > 1 else None
@@ -101,6 +104,8 @@ class Ranks:
                     is_known = self._others is not None and claim == self._claim
                     if not (is_known or self._publish(found)):
                         continue  # another was quicker
+                    if former is not None and self._others is not None:
+                        self._others.adopt(former)
                 elif claim is None:
                     self._forget()
                 elif claim != self._claim:

@@ -90,16 +90,17 @@ class Recorder:
         """Whether it is this rank that writes, as far as is known."""
         return self.ranks.writes
 
-    def send(self, wait: bool = False) -> None:
-        """Write what waits, as far as it has arrived on the host; with `wait`, all. It is over."""
+    def send(self, step: int = 1 << 62) -> None:
+        """Write what waits, as far as it has arrived on the host; `step` begins: what is of those
+        before it is over."""
         is_any = self._waiting or self._leaving or self._unsettled or self.ranks.is_held_up
         if not is_any or not self.output.is_here():
             return
-        if put_off(partial(self.send, wait)):
+        if put_off(partial(self.send, step)):
             return
         with turn, self._ledger.lock:
-            self._end_all()
-            self._send(wait)
+            self._end_all(step)
+            self._send(False)
         with self._ledger.lock:
             self.alerts.tell()
 
@@ -120,9 +121,10 @@ class Recorder:
             if not self.writes:
                 self._send(False, *self._waiting)
 
-    def _end_all(self) -> None:
+    def _end_all(self, step: int = 1 << 62) -> None:
+        """Nothing more is expected of what is before `step`."""
         for pending in (*self._waiting, *(pending for pending, _ in self._leaving)):
-            pending.goes_on = False
+            pending.goes_on &= pending.step >= step
 
     def _send(
         self, wait: bool, *kept: Pending, without: bool = False, patiently: bool = False

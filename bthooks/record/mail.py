@@ -58,9 +58,11 @@ def take(store: Any, key: str) -> Mail | None:
 
 def remove(store: Any, key: str) -> bool:
     """Delete what is under `key`; whether anything was."""
-    found = store.delete_key(key)
+    found = store.check([key])  # a FileStore says of any key that it has deleted it
+    store.delete_key(key)
     number = 1
-    while store.delete_key(f"{key}/{number}"):
+    while store.check([f"{key}/{number}"]):
+        store.delete_key(f"{key}/{number}")
         number += 1
     return bool(found)
 

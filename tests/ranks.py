@@ -143,7 +143,7 @@ def pipeline(directory, rank, stages):
     """Each rank has one block; the reference has all."""
     model = Stage(stages, [rank])
     stage = PipelineStage(model, rank, stages, torch.device("cpu"))
-    schedule = Schedule1F1B(stage, 4, loss_fn=F.mse_loss)
+    schedule = Schedule1F1B(stage, max(4, stages), loss_fn=F.mse_loss)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with bthooks.attach(model, directory, every=1, histograms_every=1):
         for step in range(STEPS):

@@ -365,6 +365,20 @@ def is_rehearsed() -> bool:
 
 
 @_private
+def pipeline_divisor() -> int:
+    """By how much the pipeline's schedule that runs in this thread will divide the gradients.
+    It adds up those of all micro-batches, and divides after the last backward pass. Nothing public
+    tells. `_n_microbatches` and `scale_grads` of a schedule, torch <= 2.11. Renamed: 1."""
+    schedules = sys.modules.get("torch.distributed.pipelining.schedules")
+    for frame in _frames() if schedules is not None else ():
+        if frame.f_globals is vars(schedules) and "self" in frame.f_code.co_varnames:
+            schedule = frame.f_locals.get("self")
+            if getattr(schedule, "scale_grads", False):
+                return getattr(schedule, "_n_microbatches", 1)
+    return 1
+
+
+@_private
 def default_group() -> Any:
     """The default process group, None where there is none.
     Nothing public tells whether it is another than before. `_get_default_group` of

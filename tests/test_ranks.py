@@ -25,9 +25,8 @@ ALONE = {  # by size and run: the run of one process
 }
 
 
-# Where `total_norm_before_clip` is another: a schedule divides the gradients by the number of
-# micro-batches after its backward passes; those of FSDP1 are of one flat parameter.
-OTHER_BEFORE = {"pipeline", "fsdp1"}
+# Where there is no `total_norm_before_clip`: gradients of FSDP1 are of one flat parameter.
+OTHER_BEFORE = {"fsdp1"}
 
 
 ALONE_PROGRAM = """

@@ -471,6 +471,18 @@ def test_is_rehearsed(group):
     assert all(is_rehearsed or not has_grad for is_rehearsed, has_grad in child.seen[:-2])
 
 
+@pytest.mark.parametrize("divides", [True, False])
+def test_pipeline_divisor(divides, group):
+    model, found = nn.Linear(2, 2), []
+    model.weight.register_post_accumulate_grad_hook(lambda _: found.append(room.pipeline_divisor()))
+    stage = PipelineStage(model, 0, 1, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, 4, loss_fn=nn.functional.mse_loss, scale_grads=divides)
+    schedule.step(torch.ones(4, 2), target=torch.ones(4, 2), losses=[])
+    assert found[-4:] == [4 if divides else 1] * 4
+    model(torch.ones(1, 2)).sum().backward()
+    assert found[-1] == 1
+
+
 def test_backward_pass():
     numbers = []
     parameter = nn.Parameter(torch.ones(2))

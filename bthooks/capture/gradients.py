@@ -35,6 +35,7 @@ from ..torch_private import (
     hook_first,
     is_hooked_by_others,
     is_traced,
+    pipeline_divisor,
     steps_on_stack,
 )
 from .flattened import FLAT, Flattened, slices_of
@@ -117,6 +118,9 @@ class Gradients:
             with self._ledger.guard("gradients before clipping"):
                 if not is_traced():
                     self._before_clip = self._norms(_gradients_of(self._selected(model)))
+                    if (divisor := pipeline_divisor()) > 1:
+                        before = self._before_clip
+                        self._before_clip = {name: n / divisor for name, n in before.items()}
         self._passes += 1
         if self._reads and steps_on_stack():  # within a step, which has no closure that we know
             for read in self._reads:

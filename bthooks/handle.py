@@ -49,7 +49,8 @@ class Handle:
     def flush(self) -> None:
         """Write to the disk what was measured so far, also of a step that is not over.
 
-        Of a validation pass that goes on the mean uncertainty waits for its end.
+        Of a validation pass that goes on the mean uncertainty waits for its end. With several ranks
+        a step waits until it is over and all have sent it, at the latest for the next logged step.
         """
         self._wiring.flush()
 

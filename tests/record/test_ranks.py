@@ -86,6 +86,13 @@ class Job:
                 rank.optimizer.step()
                 rank.optimizer.zero_grad()
 
+    def unreduced(self, number):
+        """A backward pass of a rank alone: its gradient is that of its own data."""
+        with self.on(number) as rank:
+            rank.reduces.remove()
+            rank.model(torch.eye(16)[None])["out"].square().mean().backward()
+            return rank.model.w.grad
+
     def do(self, what, *numbers):
         for number in numbers:
             with self.on(number) as rank:
@@ -343,10 +350,8 @@ def test_one_name_on_two_ranks(parameter, job):
     with told() as said:
         job.attach(0, 1)
         for number in (0, 1):
+            norms.append(job.unreduced(number).abs().item())
             with job.on(number) as rank:
-                rank.reduces.remove()
-                rank.model(torch.eye(16)[None])["out"].square().mean().backward()
-                norms.append(rank.model.w.grad.abs().item())
                 rank.optimizer.step()
         job.do("detach", 1, 0)
     run = read(job.directory)
@@ -366,10 +371,8 @@ def test_gradients_that_are_reduced_after_backward(job):
     with told() as said:
         job.attach(0, 1)
         for number in (0, 1):
+            job.unreduced(number).fill_(1.0)
             with job.on(number) as rank:
-                rank.reduces.remove()
-                rank.model(torch.eye(16)[None])["out"].square().mean().backward()
-                rank.model.w.grad.fill_(1.0)
                 rank.optimizer.step()
         job.do("detach", 1, 0)
     assert read(job.directory).group("gradients/", 0).keys() == {

@@ -285,10 +285,13 @@ class Wiring:
         self, optimizer: Optimizer, inside: list[Optimizer], is_outermost: bool
     ) -> None:
         """A step of `optimizer` has ended, in which those `inside` have stepped."""
-        if not (self.schedule.is_near or inside) and is_outermost:
-            number = self._optimizers.number_of(optimizer)
-            if self.schedule.goes_on(number, self._backward()):
-                return
+        if is_outermost and not inside and not self.schedule.is_near:
+            try:  # `_backward` is a frame more, for each of the optimizers in a backward pass
+                number = self._optimizers.number_of(optimizer)
+                if self.schedule.goes_on(number, backward_pass()):
+                    return
+            except Exception as error:
+                self.ledger.failed("optimizers that step in backward()", error)
         known = self._find(optimizer)
         if inside:
             if known is not None:

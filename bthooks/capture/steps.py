@@ -73,7 +73,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     elif running:
         del running[max(steps_on_stack() - 1, 0) :]  # those that raised have had no second hook
     for listener in _listeners:
-        listener.optimizer_begins(optimizer, is_outermost=not running)
+        listener.optimizer_begins(optimizer, not running)
     running.append((optimizer, []))
 
 
@@ -81,12 +81,13 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
     running = _running.get(threading.get_ident())
-    inside: list[Optimizer] = []
     if running and running[-1][0] is optimizer:
         _, inside = running.pop()
     elif is_captured():
         return
+    else:
+        inside = []
     for listener in _listeners:
-        listener.optimizer_ended(optimizer, inside, is_outermost=not running)
+        listener.optimizer_ended(optimizer, inside, not running)
     if running:
         running[-1][1].extend(inside or [optimizer])

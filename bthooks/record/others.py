@@ -99,6 +99,10 @@ class Others:
         """Whether all have sent what they measured of a step."""
         return not any(other.owes(step, prefix, may_validate) for other in self._known.values())
 
+    def may_be_met(self, waiting: str) -> bool:
+        """Whether one that is not known waits for this one, as is counted under that key."""
+        return len(self._known) + 1 < self._size and self._store.add(waiting, 0) > 0
+
     def of_step(self, step: int, prefix: str) -> dict[int, Readings]:
         """What they sent of a step that is written now; what comes later of it is not."""
         found = self.boxes.get((step, prefix), {})

@@ -6,6 +6,7 @@ nothing that one rank does or omits holds another up.
 | key | who sets it | what |
 | --- | --- | --- |
 | `bthooks/<slot>/<prefix>` | the writer | nonce, rank, whether it was given a writer object |
+| `bthooks/<slot>/<prefix>/waiting` | all | how many have found none that writes, so far |
 | `<nonce>/count`, `<nonce>/joined/<n>` | the n-th to announce itself | rank, first step |
 | `<nonce>/<n>/<k>` | the same | its k-th `Mail` |
 | `<nonce>/rank/<rank>` | a rank | that it has announced itself once |
@@ -53,6 +54,7 @@ class Ranks:
 
     Attributes:
         writes: whether it is this rank, as far as is known.
+        is_patient: whether it waits for those that have found none that writes.
     """
 
     def __init__(self, slot: int, prefix: str, has_writer: bool, ledger: Ledger) -> None:
@@ -66,6 +68,8 @@ class Ranks:
         self._held: deque[Mail] = deque()  # to be sent
         self._sent, self._lost = 0, 0
         self._number, self._is_known = 0, False  # of its announcement; whether there was any
+        self.is_patient = True
+        self._waits = False  # whether it has said that it has found none that writes
         self._asked = -math.inf  # when it was last asked for a rank that writes
 
     @property
@@ -108,9 +112,11 @@ class Ranks:
                         self._others.adopt(former)
                 elif claim is None:
                     self._forget()
+                    self._wait(True)
                 elif claim != self._claim:
                     self._forget()
                     self._join(claim, step)
+                    self._wait(False)
                 return
 
     def _is_mine(self, claim: _Claim | None) -> bool:
@@ -144,6 +150,16 @@ class Ranks:
             first = min((mail.step for mail in self._held if mail.step >= 0), default=step)
             self._store.set(f"{claim.nonce}/joined/{self._number}", f"{self.rank} {first}")
             self._claim, self._is_known = claim, True
+
+    def _wait(self, waits: bool) -> None:
+        """Say that this rank has found none that writes, or no longer waits for one.
+
+        Ranks attach in any order, and the one that writes may have a single step: it waits for
+        those that wait for it.
+        """
+        if waits != self._waits:
+            self._waits = waits
+            self._store.add(f"{self._key}/waiting", 1 if waits else -1)
 
     def _forget(self) -> None:
         """Leave the attachment that writes no more; what it has not taken is no one's."""
@@ -206,7 +222,7 @@ class Ranks:
         while self._others is not None and is_any:
             is_any = self.take()  # in which those are met that are new
             if self._others is not None and self._others.are_in(step, prefix, may_validate):
-                return True
+                return not (self.is_patient and self._others.may_be_met(f"{self._key}/waiting"))
         return self._others is None
 
     def with_others(
@@ -242,6 +258,8 @@ class Ranks:
         """This attachment ends."""
         if self._store is None:
             return
+        with self._guarded():
+            self._wait(False)
         if self.writes:
             with self._guarded():
                 if self._others is not None:

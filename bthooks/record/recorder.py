@@ -210,7 +210,8 @@ class Recorder:
         start = time.monotonic()
         while (self._waiting or self._leaving) and time.monotonic() < until:
             with turn, self._ledger.lock:
-                self._send(True, patiently=time.monotonic() < start + GRACE)
+                self.ranks.is_patient = time.monotonic() < start + GRACE
+                self._send(True, patiently=self.ranks.is_patient)
             if self._leaving:
                 time.sleep(0.01)
         with turn, self._ledger.lock:

@@ -22,7 +22,7 @@ Imports follow the data (tests/test_house.py). A private name of torch is in tor
 from .attach import attach
 from .handle import Handle
 from .health.alerts import Alert
-from .health.conditions import Thresholds
+from .health.thresholds import Thresholds
 from .log import (
     log_activations,
     log_attention_stats,

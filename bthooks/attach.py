@@ -13,7 +13,7 @@ from . import checks
 from .capture.wanted import KINDS, ON_REQUEST, Wanted
 from .handle import Handle, attached_to, be_first_at_exit
 from .health.alerts import Alert, Alerts
-from .health.conditions import Thresholds
+from .health.thresholds import Thresholds
 from .job import rank, size
 from .names import Selector, globs, selector
 from .record.backend import PACKAGES
@@ -77,6 +77,7 @@ def attach(
     | `gradients/update_ratio/<parameter>` | change / size of the parameter, L2 ("updates") |
     | `learning_rate/<group>`, `learning_rate/<optimizer>/<group>` | the rate used for this step |
     | `learning_rate/effective/<group>` | `d * lr`, where the optimizer estimates a `d` |
+    | `train/loss` | the scalar `loss` in the model's output, unless `log_metrics` writes it |
     | `uncertainty/<kind>`, `uncertainty/distribution/<kind>` | of what the model's output holds |
     | `parameters/<name>`, `gradients/distribution/<name>` | histograms |
     | `activations/<module>` | histograms ("activations") |

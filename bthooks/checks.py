@@ -79,7 +79,7 @@ def include(where: str, given: Any) -> None:
 
 
 def thresholds(where: str, given: Any, kind: type) -> None:
-    """Thresholds, which are above 0; four may be 0."""
+    """Thresholds, which are above 0; some may be 0."""
     if not isinstance(given, kind):
         raise TypeError(f"{where}: thresholds is a bthooks.Thresholds(...), got {given!r}")
     for name, value in given._asdict().items():  # type: ignore[attr-defined]
@@ -88,7 +88,7 @@ def thresholds(where: str, given: Any, kind: type) -> None:
             whole(f"{where}: thresholds", name, value, 1)
         elif isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{said} a number")
-        elif name in ("vanishing", "collapsed", "entropy", "keys"):
+        elif name in ("vanishing", "updates", "collapsed", "entropy", "keys", "decay"):
             if not float(value) >= 0:
                 raise ValueError(f"{said} 0 or more")
         elif not float(value) > 0:

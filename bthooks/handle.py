@@ -5,11 +5,13 @@ import multiprocessing.util
 import time
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .health.alerts import Alert
+from .health.unlearned import said
 from .names import tag
 from .record.backend import PATIENCE
 from .report import Report
@@ -57,7 +59,10 @@ class Handle:
     def report(self) -> Report:
         """What was captured; what was selected and has not been seen, and why."""
         w = self._wiring
-        return w.ledger.report(unseen(w.root(), w.wanted, w.ledger, w.calls, self._schedule.steps))
+        missed = unseen(w.root(), w.wanted, w.ledger, w.calls, self._schedule.steps)
+        if untrained := self._recorder.alerts.untrained():
+            missed["training of parameters"] = said(untrained)
+        return w.ledger.report(missed)
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to continue the charts, plain data; flushes first."""
@@ -65,6 +70,7 @@ class Handle:
         return self._schedule.state_dict() | {
             "skipped": self._recorder.skips.count,
             "alerts": self._recorder.alerts.state(),
+            "baselines": self._recorder.alerts.baselines(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -86,7 +92,7 @@ class Handle:
         self._wiring.resume()
         self._recorder.resume(step)
         self._recorder.skips.resume(state["skipped"])
-        self._recorder.alerts.resume(state["alerts"], step)
+        self._recorder.alerts.resume(state["alerts"], state["baselines"], step)
 
     def detach(self) -> None:
         """Write what was measured, and take everything off the model, the optimizers and torch.
@@ -135,6 +141,6 @@ def attached_to(target: Any, prefix: str) -> list[tuple[Handle, nn.Module | None
     return [
         (handle, wiring.root())
         for handle, (wiring, its_target, _) in _attached.items()
-        if its_target is target or its_target == target
+        if its_target is target or (isinstance(target, Path | str) and its_target == target)
         if tag(wiring.recorder.prefix) == tag(prefix)
     ]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checks
+from .health.alerts import Verdict
 from .measure.attention import sums_of_weights
 from .measure.calibration import calibration_bins, calibration_of, error_by_chance, ranking_stats
 from .measure.figures import Figures, figures_of
@@ -24,6 +25,8 @@ from .record.recorder import is_written, recorder_of
 from .record.transfer import Transfer, read
 from .record.writers import Writer
 
+_TRAINING = {"train": ""}  # where an attachment has the steps of training
+
 
 def log_metrics(
     writer: Writer | None, metrics: Mapping[str, Any], step: int, *, prefix: str = "train"
@@ -34,6 +37,9 @@ def log_metrics(
     | --- | --- |
     | `train/<name>` | the metric, under `prefix`; NaN and inf as they are |
 
+    Where an attachment has this writer, its thresholds judge the metric `loss`, and `health/loss`
+    (0 or 1) is written while it is in trouble.
+
     >>> log_metrics(writer, {"loss": torch.tensor(0.5), "accuracy": 0.9}, step=10, prefix="val")
 
     Raises:
@@ -43,7 +49,13 @@ def log_metrics(
         return
     checks.instance("log_metrics: metrics are a dict of numbers", metrics, Mapping)
     scalars = {name: checks.number("log_metrics", name, value) for name, value in metrics.items()}
-    _write("log_metrics", writer, _event(Readings(metrics=scalars)), step, prefix)
+    figures = figures_of({0: read(Readings(metrics=scalars))})
+    step = checks.whole("log_metrics", "step", step)
+    loss = figures.metrics.get("loss")
+    verdict = None if loss is None else _judged(writer, Figures(loss=loss), step, prefix)
+    is_told = verdict is not None and (any(verdict.shares.values()) or verdict.cleared)
+    _put(writer, _with(verdict if is_told else None, event_of(figures), prefix), step)
+    _tell(writer, verdict)
 
 
 def log_learning_rate(
@@ -231,13 +243,12 @@ def log_calibration(
     *numbers, bins = Transfer([*stats.values(), bins]).result()
     found = dict(zip(stats, numbers, strict=True))
     figures = Figures(calibration=found, chance=float(error_by_chance(bins)))
-    step, recorder = checks.whole(where, "step", step), recorder_of(writer)
-    verdict = None if recorder is None else recorder.alerts.judge(figures, step, prefix)
-    event = event_of(figures, verdict)
+    step = checks.whole(where, "step", step)
+    verdict = _judged(writer, figures, step, prefix)
+    event = event_of(figures)
     event.images["calibration/reliability"] = reliability_diagram(bins)
-    _put(writer, prefixed(event, prefix), step)
-    if recorder is not None:
-        recorder.alerts.tell()
+    _put(writer, _with(verdict, event, prefix), step)
+    _tell(writer, verdict)
 
 
 def log_model_histograms(
@@ -337,6 +348,34 @@ def _lost(is_nan: Tensor, of: str, so: str) -> int:
         said = f"bthooks.log_calibration: {lost} of {is_nan.numel()} {of} are NaN; {so}"
         warnings.warn(said, stacklevel=3)
     return lost
+
+
+def _judged(writer: Writer, figures: Figures, step: int, prefix: str) -> Verdict | None:
+    """What the attachment that has this writer says of the figures; None where there is none."""
+    recorder = recorder_of(writer)
+    if recorder is None:
+        return None
+    if figures.loss is not None:
+        recorder.given.add(tag(prefix, "loss"))
+    expects = recorder.expects and figures.loss is not None
+    return recorder.alerts.judge(figures, step, _TRAINING.get(prefix, prefix), expects)
+
+
+def _with(verdict: Verdict | None, event: Event, prefix: str) -> Event:
+    """`event` under `prefix`, and the verdict on it where that of an attachment's steps is."""
+    found = prefixed(event, prefix)
+    if verdict is not None:
+        judged = prefixed(event_of(Figures(), verdict), _TRAINING.get(prefix, prefix))
+        found.scalars |= judged.scalars
+        found.texts |= judged.texts
+    return found
+
+
+def _tell(writer: Writer, verdict: Verdict | None) -> None:
+    """Tell what began to be wrong, once it is written: what is told may flush or detach."""
+    recorder = recorder_of(writer)
+    if recorder is not None and verdict is not None:
+        recorder.alerts.tell()
 
 
 def _event(readings: Readings) -> Event:

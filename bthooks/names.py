@@ -84,3 +84,8 @@ def globs(include: Selector) -> tuple[str, ...]:
     if include is None or callable(include):
         return ()
     return (include,) if isinstance(include, str) else tuple(include)
+
+
+def layer_of(name: str) -> str:
+    """The module that a parameter is of."""
+    return name.rpartition(".")[0] or "root"

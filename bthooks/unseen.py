@@ -27,6 +27,8 @@ _NO_MAP = (
     "module around them did"
 )
 
+_OF_FORWARDS = ("attention", "activations", "uncertainty")
+
 PATIENCE = 100  # training forwards without a step before it is said
 NO_STEP = (
     "no torch.optim.Optimizer that holds a parameter of the model has stepped in "
@@ -97,9 +99,12 @@ def say_absent(
     root: nn.Module | None, wanted: Wanted, ledger: Ledger, calls: int, steps: int
 ) -> None:
     """Warn of what was asked for by name and not seen, and of a forward that never ran."""
-    for kind, why in unseen(root, wanted, ledger, calls, steps).items():
-        is_deaf = kind == "attention" and why in (_NOT_CALLED, _IN_PLACE)
-        if wanted.by_name or (is_deaf and steps):
+    missed = unseen(root, wanted, ledger, calls, steps)
+    of_forwards = [kind for kind in _OF_FORWARDS if missed.get(kind) in (_NOT_CALLED, _IN_PLACE)]
+    if of_forwards and steps:  # also of a model that has no attention
+        ledger.warn_once("forward", f"{missed[of_forwards[0]]}. Not seen: {', '.join(of_forwards)}")
+    for kind, why in missed.items() if wanted.by_name else ():
+        if kind not in of_forwards or not steps:
             ledger.warn_once(kind, why)
     if root is not None:
         with ledger.guard("include"):

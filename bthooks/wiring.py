@@ -200,7 +200,7 @@ class Wiring:
                 if slot.validation:
                     self._validated(root, slot, readings)
                 elif self._pool is None:
-                    self._pool = readings
+                    self._pool, self.recorder.expects = readings, True
                 else:
                     self._pool.merge(readings)
 
@@ -279,7 +279,8 @@ class Wiring:
                 if is_outermost and backward is None:
                     self._gradients.forget_names()
                 if self.is_on:
-                    self._gradients.begins(root, optimizer, **due._asdict())
+                    suspects = self.recorder.suspects
+                    self._gradients.begins(root, optimizer, **due._asdict(), suspects=suspects)
 
     def optimizer_ended(
         self, optimizer: Optimizer, inside: list[Optimizer], is_outermost: bool

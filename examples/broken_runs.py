@@ -15,6 +15,12 @@
 | dead | a ReLU whose bias is far below 0 | dead_activations, vanishing_gradients |
 | schedule | a rate that is 0 from step 75 on | learning_rate |
 | confident | validated with twenty times the logits and half of the labels wrong | miscalibration |
+| detached | the first block and all before it run under `no_grad()` | unlearned |
+| forgotten | the head is in no optimizer | unlearned |
+| decayed | a rate that is cut by 30 % every step, not every epoch | learning_rate |
+| inverted | a padding mask that hides all but the padding | dead_rows, vanishing_gradients |
+| spike | the loss that is logged is twenty more, from step 30 on | loss |
+| undefined | it is NaN from step 30 on, and nothing else is | loss |
 
 Every fault is planted, and does not wait for training to diverge: where that leads hangs on the
 last bit of each product, and so on the processor.
@@ -27,7 +33,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, LRScheduler
 
 import bthooks
 
@@ -42,10 +48,14 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(WIDTH, 2 * WIDTH), nn.ReLU(), nn.Linear(2 * WIDTH, WIDTH)
         )
+        self.hidden: Tensor | None = None  # (8,), True where a key is
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
-        x = x + self.attention(y, y, y, need_weights=False)[0]
+        hidden = None
+        if self.hidden is not None and self.training:
+            hidden = self.hidden.expand(len(x), -1)
+        x = x + self.attention(y, y, y, key_padding_mask=hidden, need_weights=False)[0]
         return x + self.mlp(self.norm2(x))
 
 
@@ -57,9 +67,15 @@ class ViT(nn.Module):
         self.row, self.position = nn.Linear(8, WIDTH), nn.Parameter(torch.randn(8, WIDTH) / 2)
         self.blocks = nn.Sequential(*(Block() for _ in range(3)))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 10)
+        self.is_detached = False
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.row(images) + self.position).mean(1)))
+        first, *others = self.blocks
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_detached):
+            x = first(self.row(images) + self.position)
+        for block in others:
+            x = block(x)
+        return self.head(self.norm(x.mean(1)))
 
 
 class Deep(nn.Module):
@@ -97,8 +113,9 @@ def train(name: str, log_dir: str, backend: str) -> bthooks.Handle:
     data = load_digits()
     images, labels = torch.from_numpy(data.images / 16).float(), torch.from_numpy(data.target)
     model = Deep() if name == "depth" else ViT()
-    optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    warmup = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
+    trained = [p for n, p in model.named_parameters() if name != "forgotten" or "head" not in n]
+    optimizer = torch.optim.Adam(trained, lr=5e-3)
+    warmup: LRScheduler = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
     capture = None
     if name == "exploding":
         for parameter in model.head.parameters():
@@ -120,6 +137,12 @@ def train(name: str, log_dir: str, backend: str) -> bthooks.Handle:
         capture = ("attention", "gradients", "learning_rate", "activations")
     elif name == "schedule":
         warmup = LambdaLR(optimizer, lambda step: float(step < 75))
+    elif name == "decayed":
+        warmup = ExponentialLR(optimizer, 0.7)
+    elif name == "detached":
+        model.is_detached = True
+    elif name == "inverted":
+        model.blocks[1].hidden = ~torch.zeros(8, dtype=torch.bool)
 
     with bthooks.make_writer(log_dir, name, backend=backend) as writer:
         handle = bthooks.attach(
@@ -132,7 +155,10 @@ def train(name: str, log_dir: str, backend: str) -> bthooks.Handle:
             loss.backward()
             if name == "exploding":
                 nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-            bthooks.log_metrics(writer, {"loss": loss}, handle.step)
+            logged = loss.detach()
+            if handle.step >= FAULT:
+                logged = logged + {"spike": 20.0, "undefined": torch.nan}.get(name, 0.0)
+            bthooks.log_metrics(writer, {"loss": logged}, handle.step)
             optimizer.step()
             warmup.step()
             if name == "shifted" and handle.step == FAULT:
@@ -154,7 +180,8 @@ def train(name: str, log_dir: str, backend: str) -> bthooks.Handle:
 
 
 NAMES = ("healthy", "exploding", "shifted", "saturated", "depth", "nan", "root", "normalized")
-NAMES += ("dead", "schedule", "confident")
+NAMES += ("dead", "schedule", "confident", "detached", "forgotten", "decayed", "inverted")
+NAMES += ("spike", "undefined")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, tuple[bthooks.Alert, ...]]:

@@ -68,7 +68,8 @@ TABS = {
 def log(writer):
     model = Transformer()
     optimizer = torch.optim.SGD(model.parameters(), 1e-6)
-    with bthooks.attach(model, writer, every=1, histograms_every=1) as handle:
+    large = bthooks.Thresholds(growth=1e-3)
+    with bthooks.attach(model, writer, every=1, histograms_every=1, thresholds=large) as handle:
         for step in range(4):
             loss = 1e3 * model(batch(step)[0])["logits"].sum()
             optimizer.zero_grad()

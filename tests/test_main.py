@@ -19,6 +19,7 @@ from bthooks.__main__ import main
 
 from .conftest import DEADLINE
 
+LARGE = bthooks.Thresholds(growth=1e-3)  # a gradient that is, is an explosion
 PYTHON = [sys.executable, "-m", "bthooks"]
 
 
@@ -38,7 +39,7 @@ def trained(directory, backend, weight=1.0):
     with bthooks.make_writer(directory, f"run_{weight:g}", backend=backend) as writer:
         model = nn.Linear(2, 2)
         optimizer = torch.optim.SGD(model.parameters(), 1e-9)
-        handle = bthooks.attach(model, writer, every=1)
+        handle = bthooks.attach(model, writer, every=1, thresholds=LARGE)
         for step in range(8):
             loss = model(torch.ones(1, 2)).mean() * (1 if step > 5 else weight)
             optimizer.zero_grad()
@@ -103,7 +104,7 @@ def judged(directory, weights, state=None):
     with bthooks.make_writer(directory, "run") as writer:
         model = nn.Linear(2, 2)
         optimizer = torch.optim.SGD(model.parameters(), 1e-9)
-        handle = bthooks.attach(model, writer, every=1)
+        handle = bthooks.attach(model, writer, every=1, thresholds=LARGE)
         if state is not None:
             handle.load_state_dict(state)
         for weight in weights:

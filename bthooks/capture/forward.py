@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from ..measure.attention import merge
 from ..measure.histograms import Histogram, histogram
 from ..measure.outputs import tensors_in
-from ..measure.readings import Drawn, Readings, uncertainties
+from ..measure.readings import Drawn, Readings, losses, uncertainties
 from ..measure.sharded import readable
 from ..measure.uncertainty import find_uncertainties
 from ..names import module_names
@@ -93,7 +93,10 @@ class ObservedForward:
         """What was measured, once the model has returned `output`."""
         readings, ledger = Readings(), self._ledger
         with ledger.guard("finite values"):
+            readings.ran = self._trail.ran()
             readings.forwards = [self._trail.ended(root, output)]
+        with ledger.guard("loss"):
+            readings.losses = losses(output)
         for path, maps in self._maps.items():
             with ledger.guard(f"attention of {path}"):
                 for index, sums in enumerate(_series(maps)):

@@ -23,10 +23,10 @@ from torch.utils.hooks import RemovableHandle
 from ..job import size
 from ..measure.gradients import norms
 from ..measure.histograms import histogram
-from ..measure.readings import Drawn, Rates, Readings, rates_of
+from ..measure.readings import NO_GRADIENT, NO_OPTIMIZER, Drawn, Rates, Readings, rates_of
 from ..measure.scaling import LossScale, scaling
 from ..measure.sharded import Part, is_sharded, own_part, part_of
-from ..names import parameter_names
+from ..names import layer_of, parameter_names
 from ..report import Ledger
 from ..torch_private import (
     Hook,
@@ -39,7 +39,7 @@ from ..torch_private import (
     steps_on_stack,
 )
 from .flattened import FLAT, Flattened, slices_of
-from .optimizers import Known, held
+from .optimizers import Known, held, held_by_any
 from .wanted import Wanted
 
 _FUNCTIONS = (FunctionType, MethodType, functools.partial)
@@ -66,7 +66,9 @@ class Gradients:
         self._passes = 0  # backward passes that have ended
         self._stepping: dict[str, Tensor] = {}  # the parameters that they hold
         self._losses: dict[str, LossScale] = {}  # by parameter
-        self._former: dict[str, Tensor] = {}  # the parameters before
+        self._former: dict[str, Tensor] = {}  # the parameters before, those that are looked at
+        self._looks = 0  # how many steps have had one looked at in turn
+        self._homeless: dict[str, bool] = {}  # by parameter that none of these holds: if none does
         self._rates: dict[Optimizer, Rates] = {}
         self._given = Readings()
 
@@ -127,20 +129,47 @@ class Gradients:
                 read()
 
     def begins(
-        self, root: nn.Module, optimizer: Optimizer, *, scalars: bool, histograms: bool
+        self,
+        root: nn.Module,
+        optimizer: Optimizer,
+        *,
+        scalars: bool,
+        histograms: bool,
+        suspects: Collection[str],
     ) -> None:
-        """A step of `optimizer` begins: see to it that what it is given is read."""
+        """A step of `optimizer` begins: see to it that what it is given is read.
+
+        And what it makes of it, of the layers that are `suspects`.
+        """
         with self._ledger.guard("gradients"), torch.no_grad():
             named = self._named_of(root, held(optimizer))
             self._stepping |= named
-            if scalars and "updates" in self._wanted.kinds:
-                for name in named.keys() - self._former.keys():
+            if scalars:
+                for name in self._looked_at(named, optimizer, suspects) - self._former.keys():
                     with self._ledger.guard(f"update of {name}"):
                         self._former[name] = named[name].detach().clone()
             read = functools.partial(self._read, named, optimizer, scalars, histograms)
             self._reads.append(read)
             hook = functools.partial(self._before_update, read)
             self._hooks.append(optimizer.register_step_pre_hook(hook))
+
+    def _looked_at(
+        self, named: Mapping[str, Tensor], optimizer: Optimizer, suspects: Collection[str]
+    ) -> set[str]:
+        """The parameters whose update is measured: all, or those of `suspects` and one in turn.
+
+        So what is never updated is found, and no copy of all parameters is held.
+        """
+        if "updates" in self._wanted.kinds:
+            return {*named}
+        if "gradients" not in self._wanted.kinds:
+            return set()
+        found = {name for name in named if layer_of(name) in suspects}
+        is_on_purpose = any(group.get("lr") == 0 for group in optimizer.param_groups)
+        if named and not (self._former or is_on_purpose):
+            found.add([*named][self._looks % len(named)])
+            self._looks += 1
+        return found
 
     def _before_update(
         self, read: Callable[[], None], optimizer: Optimizer, args: Any, kwargs: Any
@@ -201,6 +230,7 @@ class Gradients:
         self._losses |= dict.fromkeys(named, loss)
         for name in named:
             given.norms.pop(name, None)
+            given.gaps.pop(name, None)
             given.histograms.pop(Drawn("gradients", name), None)
         with self._ledger.guard("learning rate"):
             if scalars and optimizer is not None:
@@ -208,6 +238,8 @@ class Gradients:
         with self._ledger.guard("gradients"):
             if scalars and "gradients" in kinds:
                 given.norms |= loss.unscaled(self._norms(gradients))
+                lacking = [n for n, p in named.items() if p.requires_grad and n not in gradients]
+                given.gaps |= dict.fromkeys(lacking, NO_GRADIENT)
                 before = {n: self._before_clip.pop(n) for n in named if n in self._before_clip}
                 # Those under a scaler of torch's are unscaled by its state.
                 is_own = loss.scale is not None and find_scaler() is None
@@ -266,6 +298,8 @@ class Gradients:
                     self._given.scaling = scaling(scaler, steps)
         if scalars:
             self._measure_norms()
+        if scalars and stepped and others is not None:
+            self._find_homeless(root, others)
         if histograms and "histograms" in self._wanted.kinds:
             named = dict(self._stepping)
             if others is not None:
@@ -282,6 +316,21 @@ class Gradients:
                     self._given.take_rates(rates)
                     names = (f"learning_rate/{group}" for group in rates.nominal)
                     self._ledger.captured("learning_rate", names)
+
+    def _find_homeless(self, root: nn.Module, others: Collection[Tensor]) -> None:
+        """Find the parameters that have gradients, and that no optimizer holds."""
+        unheld = self._before_clip.keys() - self._stepping.keys()
+        if not unheld:
+            return
+        names = self._selected(root)
+        left = {n: p for n, p in names.items() if n in unheld and p not in others}
+        with self._ledger.guard("parameters without an optimizer"):
+            if left.keys() - self._homeless.keys():
+                found = held_by_any(left.values())
+                self._homeless = {name: p not in found for name, p in left.items()}
+            homeless = {name: p.detach() for name, p in left.items() if self._homeless[name]}
+            self._given.gaps |= dict.fromkeys(homeless, NO_OPTIMIZER)
+            self._given.sizes |= self._norms(homeless, "size")
 
     def _measure_histograms(self, named: Mapping[str, Tensor]) -> None:
         given = self._given
@@ -308,15 +357,18 @@ class Gradients:
         if self._slices and not given.norms_before_clip:
             self._ledger.warn_once("gradients/total_norm_before_clip", FLAT)
         former = self._former
-        if "updates" in kinds:
+        if size() > 1:  # by which it is known whether two ranks have the same
+            others = {n: p.detach() for n, p in named.items() if n not in former}
+            given.sizes |= self._norms(others, "size")
+        if former:
             with self._ledger.guard("update ratios"):
                 change = {name: named[name].detach() - p for name, p in former.items()}
                 for name, norm in self._norms(change, "update").items():
                     given.changes |= self._losses[name].applied({name: norm})
-                given.sizes = self._norms(former, "update")
-            self._ledger.captured("updates", given.sizes)
-        elif size() > 1:  # by which it is known whether two ranks have the same
-            given.sizes = self._norms({n: p.detach() for n, p in named.items()}, "size")
+                given.sizes |= self._norms(former, "update")
+        if "updates" in kinds:
+            given.are_updates_asked = True
+            self._ledger.captured("updates", given.changes)
 
     def _norms(self, tensors: Mapping[str, Tensor], what: str = "gradient") -> dict[str, Tensor]:
         try:

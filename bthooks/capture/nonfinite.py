@@ -65,6 +65,10 @@ class Trail:
     def _is_here(self) -> bool:
         return not torch.compiler.is_compiling() and threading.get_ident() == self._thread
 
+    def ran(self) -> dict[str, int]:
+        """The modules that have run, in the order in which they ended first."""
+        return {path: at for at, path in enumerate(dict.fromkeys(c.path for c in self._calls))}
+
     def ended(self, root: nn.Module, output: Any) -> Forward:
         """What was seen, once the model has returned `output`; nothing if that is finite."""
         self._after(root, (), {}, output)

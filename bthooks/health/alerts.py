@@ -4,16 +4,20 @@ A condition comes and goes from step to step. What is told are its episodes: an 
 begins, and the same with the step at which it was over.
 """
 
+import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..measure.figures import Figures
 from ..report import Ledger
-from .conditions import Conditions, Finding, Thresholds, listed
+from .conditions import Conditions
+from .findings import Finding, listed
+from .thresholds import Thresholds
 
 _BETTER = 10  # times as long without being well, and it is over too
+_NOT_FINITE = ("nonfinite", "nonfinite_gradients", "loss")  # each may come of another
 
 
 class Alert(NamedTuple):
@@ -22,7 +26,8 @@ class Alert(NamedTuple):
     Attributes:
         condition: `nonfinite`, `nonfinite_gradients`, `vanishing_gradients`,
             `exploding_gradients`, `collapsed_gradients`, `attention_collapse`, `attention_logits`,
-            `dead_activations`, `learning_rate` or `miscalibration`.
+            `dead_rows`, `dead_activations`, `learning_rate`, `loss`, `unlearned` or
+            `miscalibration`.
         where: the module, parameter or tag where it is worst.
         step: at which it was told.
         message: by how much, and where else.
@@ -63,22 +68,36 @@ class Alerts:
         self._episodes: dict[tuple[str, str], _Episode] = {}  # by that and the condition
         self.all: list[Alert] = []  # what began to be wrong so far
         self._untold: deque[Alert] = deque()
+        self._steps = 0  # of the attachment, that were judged
+        self._put_off: dict[tuple[str, str], int] = {}  # how many were when it was
 
-    def judge(self, figures: Figures, step: int, prefix: str = "") -> Verdict:
-        """What the figures of `step`, which go under `prefix`, amount to."""
+    def judge(
+        self, figures: Figures, step: int, prefix: str = "", expects: bool = False
+    ) -> Verdict:
+        """What the figures of `step`, which go under `prefix`, amount to.
+
+        Where a step of the attachment is about to be judged too, as it `expects`, what is told at
+        once waits for it: it may say where that came from.
+        """
         verdict = Verdict({}, [], [])
         with self._ledger.guard("health"):
-            conditions = self._conditions.setdefault(prefix, Conditions(self.thresholds, prefix))
-            for condition, findings in conditions.look(figures, step).items():
+            self._steps += not expects
+            for condition, findings in self._of(prefix).look(figures, step).items():
                 episode = self._episodes.setdefault((prefix, condition), _Episode(condition))
                 if not findings or step <= episode.last:  # a flush parted the step
                     continue
-                verdict.shares[condition] = sum(f.severity >= 1 for f in findings) / len(findings)
+                if not (expects and any(finding.at_once for finding in findings)):
+                    self._put_off.pop((prefix, condition), None)
+                elif self._put_off.setdefault((prefix, condition), self._steps) == self._steps:
+                    findings = [finding._replace(is_certain=False) for finding in findings]
                 alert = episode.look(findings, step, self.thresholds.checks)
+                verdict.shares[condition] = episode.share
                 if alert is None:
                     continue
                 if alert.cleared is None:
-                    episode.is_told = not self._is_told(alert, prefix)
+                    episode.is_told = not (
+                        self._is_told(alert, prefix) or self._follows(findings, condition, prefix)
+                    )
                     if episode.is_told:
                         self.all.append(alert)
                         self._untold.append(alert)
@@ -92,6 +111,18 @@ class Alerts:
                         self.all[self.all.index(begun)] = alert
                         verdict.cleared.append(alert)
         return verdict
+
+    def _of(self, prefix: str) -> Conditions:
+        return self._conditions.setdefault(prefix, Conditions(self.thresholds, prefix))
+
+    @property
+    def suspects(self) -> set[str]:
+        """The layers of which it is to be known what the optimizer makes of their gradients."""
+        return self._of("").suspects
+
+    def untrained(self) -> dict[str, str]:
+        """The parameters that have not been seen to learn, each with the reason."""
+        return self._of("").unlearned.parameters(self.thresholds.checks)
 
     def tell(self) -> None:
         """Tell what began to be wrong, once all is written: what is told may flush or detach."""
@@ -110,6 +141,18 @@ class Alerts:
             if at != prefix
         )
 
+    def _follows(self, findings: Sequence[Finding], condition: str, prefix: str) -> bool:
+        """Whether it comes of another condition of its kind, which was told and lasts.
+
+        What is not finite makes the gradients so, then the loss, and the parameters.
+        """
+        severe = [finding for finding in findings if finding.severity >= 1]
+        return all(finding.follows for finding in severe) and any(
+            episode.is_told and episode.alert is not None and episode.is_infinite
+            for key, episode in self._episodes.items()
+            if key != (prefix, condition) and key[1] in _NOT_FINITE
+        )
+
     def _lasting(self) -> list[tuple[str, Alert]]:
         """What was told and lasts, behind the prefix of its steps."""
         episodes = self._episodes.items()
@@ -119,9 +162,17 @@ class Alerts:
         """Each alert that lasts as plain data, behind the prefix of its steps."""
         return [[prefix, *alert] for prefix, alert in self._lasting()]
 
-    def resume(self, state: Iterable[Sequence[Any]], step: int) -> None:
-        """Go on at `step` with what `state` gave; what came after is forgotten."""
+    def baselines(self) -> dict[str, dict[str, Any]]:
+        """What the judgements rest on, as plain data, by the prefix of the steps."""
+        return {prefix: conditions.state() for prefix, conditions in self._conditions.items()}
+
+    def resume(
+        self, state: Iterable[Sequence[Any]], baselines: Mapping[str, Any], step: int
+    ) -> None:
+        """Go on at `step` with what `state` and `baselines` gave; what came after is forgotten."""
         self._conditions.clear()
+        for prefix, known in baselines.items():
+            self._of(prefix).resume(known)
         self._episodes.clear()
         self.all = [
             alert if alert.cleared is None or alert.cleared < step else alert._replace(cleared=None)
@@ -144,7 +195,9 @@ class _Episode:
     last: int = -1  # the step of the last check
     held: dict[str, int] = field(default_factory=dict)  # by place: the checks in a row
     alert: Alert | None = None  # while it lasts
+    is_infinite: bool = False
     is_told: bool = False  # or the steps of another prefix tell it
+    share: float = 0.0  # of the places at the last check, which are in it
     well: int = 0  # checks in a row, at half of the threshold or less
     better: int = 0  # the same, below the threshold
 
@@ -154,10 +207,16 @@ class _Episode:
         held = [finding for finding in findings if finding.severity >= 1]
         if self.alert is None:
             self.held = {f.place: self.held.get(f.place, 0) + 1 for f in held}
-            least = 1 if self.condition.startswith("nonfinite") else checks
-            if lasting := [f for f in held if self.held[f.place] >= least]:
+            lasting = [
+                f for f in held if f.is_certain and (f.at_once or self.held[f.place] >= checks)
+            ]
+            # Nothing is charted of what is not told: a blip.
+            self.share = len(lasting) / len(findings)
+            if lasting:
                 self.alert = _alert(self.condition, lasting, step)
+                self.is_infinite = all(math.isinf(f.severity) for f in lasting)
             return self.alert
+        self.share = len(held) / len(findings)
         self.better = 0 if held else self.better + 1
         self.well = self.well + 1 if all(f.severity <= 0.5 for f in findings) else 0
         if self.well < checks and self.better < _BETTER * checks:

@@ -12,7 +12,7 @@ Layout = dict[str, dict[str, list[object]]]
 HEALTHY_ENTROPY = {"low": 0.5, "high": 2.0}  # nats, of a layer
 
 _TRAINING = r"(?!(.*/)?val/)(.*/)?"  # whatever the prefix
-_METRIC = r"(.*/)?(train|val|eval|test)/(.*[/_])?"
+_METRIC = r"(.*/)?(train|val|eval|test)/(?!health/)(.*[/_])?"
 
 
 def layout(figures: Figures) -> Layout:

@@ -40,6 +40,7 @@ class Columns(NamedTuple):
     before: Tensor  # weight on the key before the row's own place
     behind: Tensor  # weight on the key behind it
     dead: Tensor  # rows that see no key
+    empty: Tensor  # of those the ones whose mask is the same for all rows
 
 
 _ROWS = _MAXIMA = Columns._fields.index("rows")  # the first that adds up; how many do not
@@ -51,6 +52,8 @@ class Head(NamedTuple):
     entropy: float  # nats
     keys: float  # that a row sees
     neighbour: float  # weight on the key before the row's own place, or behind it if that is more
+    sink: float  # weight on key 0
+    logit: float  # the largest score, -inf where only the weights are known
 
 
 def attention_stats(weights: Tensor) -> dict[str, Tensor]:
@@ -215,6 +218,7 @@ def _accumulators(
     near = torch.stack([at - 1, at + 1], dim=-1).clamp(0, weights.shape[-1] - 1)  # (r, 2)
     before, behind = weights.gather(-1, near.expand(*weights.shape[:-1], 2)).unbind(-1)
     visible = visible[(None,) * (3 - visible.dim())]
+    is_of_keys = visible.shape[-1] == 1 < len(at)
     alive, branching = visible > 0, visible > 1
     share = torch.where(branching, visible.clamp(min=2).log().reciprocal(), 0)
     of_rows |= {
@@ -229,6 +233,7 @@ def _accumulators(
     sums = torch.where(alive, torch.stack([*of_rows.values()]), 0).sum((1, 3))  # (columns, H)
     counts = torch.stack([alive, visible, branching]).expand(3, *before.shape)
     rows, keys, branching = counts.sum((1, 3), dtype=sums.dtype)
+    dead = len(weights) * len(at) - rows
     columns = Columns(
         weight_max=weight_max,
         logit_max=logit_max,
@@ -236,7 +241,8 @@ def _accumulators(
         keys=keys,
         branching=branching,
         cells=rows * width,
-        dead=len(weights) * len(at) - rows,
+        dead=dead,
+        empty=dead if is_of_keys else torch.zeros_like(dead),
         **dict(zip(of_rows, sums, strict=True)),
     )
     return torch.stack(columns)
@@ -304,12 +310,18 @@ def whole(maps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     }
 
 
+def empty_shares(maps: Mapping[str, Tensor]) -> dict[str, float]:
+    """By map the fraction of rows that see no key under a mask that is the same for all rows."""
+    sums = {path: Columns(*_over_heads(of_map)[:, 0]) for path, of_map in maps.items()}
+    return {path: float(of.empty / (of.rows + of.dead)) for path, of in sums.items()}
+
+
 def of_heads(maps: Mapping[str, Tensor]) -> dict[str, list[Head]]:
     """What each head of each map is judged by, from its accumulators on the host."""
     if not maps:
         return {}
     sums = Columns(*torch.cat([*maps.values()], dim=1))  # (heads of all,) each
     neighbour = torch.maximum(sums.before, sums.behind)
-    means = torch.stack([sums.entropy, sums.keys, neighbour]) / sums.rows
-    heads = iter(means.T.tolist())
+    means = torch.stack([sums.entropy, sums.keys, neighbour, sums.first]) / sums.rows
+    heads = iter(torch.cat([means, sums.logit_max[None]]).T.tolist())
     return {path: [Head(*next(heads)) for _ in range(of.shape[1])] for path, of in maps.items()}

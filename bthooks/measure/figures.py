@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..names import layer_of
 from . import attention
 from .attention import Head
 from .histograms import Histogram
@@ -38,13 +39,22 @@ class Figures:
     effective_rates: Mapping[str, float] = field(default_factory=dict)  # group -> `d * lr`
     norms: Mapping[str, float] = field(default_factory=dict)  # parameter ->
     layers: Mapping[str, float] = field(default_factory=dict)  # module -> mean of its own norms
+    layers_before_clip: Mapping[str, float] = field(default_factory=dict)
     total_norm: float | None = None
     total_norm_before_clip: float | None = None
     update_ratios: Mapping[str, float] = field(default_factory=dict)  # parameter ->
+    are_updates_asked: bool = False  # or they are known for judgement alone, of a few
+    layer_updates: Mapping[str, float] = field(default_factory=dict)  # module -> of all its own
+    sizes: Mapping[str, float] = field(default_factory=dict)  # parameter -> norm, if it is known
+    gaps: Mapping[str, str] = field(default_factory=dict)  # parameter -> why it does not learn
+    ran: Mapping[str, int] = field(default_factory=dict)  # module -> when its first call ended
+    loss: float | None = None
     skipped_steps: int | None = None
     # module -> statistic ->
     attention: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     heads: Mapping[str, Sequence[Head]] = field(default_factory=dict)  # module ->
+    # module -> fraction of the queries that see no key under a mask of the keys alone
+    empty: Mapping[str, float] = field(default_factory=dict)
     # What is to be warned of, by site and reason, as of what turned out to be no attention.
     unsaid: Sequence[tuple[str, str]] = ()
     uncertainty: Mapping[str, float] = field(default_factory=dict)  # kind -> mean
@@ -72,9 +82,7 @@ def figures_of(
         scale, clean = map(float, scaling.state)
         if skips is not None:
             skipped = skips.look(scaling, scale, clean)
-    layers: dict[str, list[float]] = {}
-    for series, norm in norms.items():
-        layers.setdefault(_layer(series), []).append(norm)
+    layers = _by_layer(norms)
     for name in job.partial:
         layers.pop(_layer(Series(name)), None)
     is_all = is_all and not job.partial and bool(norms)
@@ -82,32 +90,50 @@ def figures_of(
     maps, headless = job.maps()
     heads = attention.of_heads(maps)
     histograms = job.histograms()
-    uncertainty: dict[str, list[float]] = {}
-    for rank in job.distinct(job.by_rank):
-        for kind, (sum_, count) in job.by_rank[rank].uncertainty.items():
-            total = uncertainty.setdefault(kind, [0.0, 0.0])
-            total[0], total[1] = total[0] + float(sum_), total[1] + float(count)
+    known = {series: change for series, change in changes.items() if series in sizes}
+    size_of = _by_layer({series: sizes[series] for series in known})
     return Figures(
         metrics={n: float(v) for found in job.by_rank.values() for n, v in found.metrics.items()},
         learning_rates=_of_all(job, lambda found: _rates(found, found.learning_rates)),
         base_rates=_of_all(job, lambda found: _known(found.base_rates)),
         effective_rates=_of_all(job, lambda found: _rates(found, found.effective_rates)),
         norms={"".join(series): norm for series, norm in norms.items()},
-        layers={layer: sum(own) / len(own) for layer, own in layers.items()},
+        layers=_means(layers),
+        layers_before_clip=(
+            _means(_by_layer(before_clip)) if norms.keys() <= before_clip.keys() else {}
+        ),
         total_norm=math.hypot(*norms.values()) if is_all else None,
         total_norm_before_clip=(
             math.hypot(*map(before_clip.__getitem__, norms)) / scale if is_all_before else None
         ),
         update_ratios={
-            "".join(series): _ratio(change, sizes[series])
-            for series, change in changes.items()
-            if series in sizes
+            "".join(series): _ratio(change, sizes[series]) for series, change in known.items()
         },
+        are_updates_asked=any(found.are_updates_asked for found in job.by_rank.values()),
+        layer_updates={
+            layer: _ratio(math.hypot(*of), math.hypot(*size_of[layer]))
+            for layer, of in _by_layer(known).items()
+        },
+        sizes={"".join(series): size for series, size in sizes.items()}
+        | {
+            name: float(found.sizes[name])
+            for found in job.by_rank.values()
+            for name in found.gaps.keys() & found.sizes.keys()
+        },
+        gaps={
+            name: why
+            for found in job.by_rank.values()
+            for name, why in found.gaps.items()
+            if not any(name in other.norms for other in job.by_rank.values())
+        },
+        ran={p: at for found in job.by_rank.values() for p, at in found.ran.items()},
+        loss=_means_of(job, "losses").get("loss"),
         skipped_steps=skipped,
         attention=attention.whole(maps),
         heads=heads,
+        empty=attention.empty_shares(maps),
         unsaid=[*_unsaid(job), *((f"attention of {path}", _HEADLESS) for path in headless)],
-        uncertainty={kind: sum_ / n for kind, (sum_, n) in uncertainty.items() if n},
+        uncertainty=_means_of(job, "uncertainty"),
         histograms=histograms,
         nonfinite={
             d: lost for d, found in histograms.items() if (lost := float(found.summary[-1]))
@@ -123,8 +149,34 @@ def figures_of(
 _HEADLESS = "left out: some of its heads are on ranks of which nothing is known"
 
 
+def _by_layer(norms: Mapping[Series, float]) -> dict[str, list[float]]:
+    layers: dict[str, list[float]] = {}
+    for series, norm in norms.items():
+        layers.setdefault(_layer(series), []).append(norm)
+    return layers
+
+
+def _means(layers: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {layer: sum(own) / len(own) for layer, own in layers.items()}
+
+
+def _means_of(job: Job, what: str) -> dict[str, float]:
+    """The means over all ranks of what each has sums and counts of, by kind."""
+    totals: dict[str, list[float]] = {}
+    for rank in job.distinct(job.by_rank):
+        for kind, (sum_, count) in getattr(job.by_rank[rank], what).items():
+            total = totals.setdefault(kind, [0.0, 0.0])
+            total[0], total[1] = total[0] + float(sum_), total[1] + float(count)
+    return {kind: sum_ / count for kind, (sum_, count) in totals.items() if count}
+
+
+def layer_means(norms: Mapping[str, float]) -> dict[str, float]:
+    """By module the mean norm of its own parameters."""
+    return _means(_by_layer({Series(name): norm for name, norm in norms.items()}))
+
+
 def _layer(series: Series) -> str:
-    return (series.name.rpartition(".")[0] or "root") + series.suffix
+    return layer_of(series.name) + series.suffix
 
 
 def _ratio(change: float, size: float) -> float:

@@ -23,6 +23,10 @@ from .nonfinite import Forward
 from .scaling import Scaling
 from .sharded import Part, readable
 
+# Why a parameter that is to be trained does not learn at a step.
+NO_GRADIENT = "in an optimizer, and has never had a gradient"
+NO_OPTIMIZER = "has gradients, and is in no optimizer"
+
 # Bounds for a training loop in which no optimizer ever steps.
 _SAMPLES, _FORWARDS = 1 << 20, 64
 
@@ -41,6 +45,7 @@ def _joined(a: Tensor, b: Tensor) -> Tensor:
 # How two forwards or optimizers of one step go together; of all else the later one stays.
 _MERGED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "uncertainty": torch.add,
+    "losses": torch.add,
     "attention": attention.merge,
     "samples": _joined,
 }
@@ -57,11 +62,15 @@ class Readings:
     # Whether its optimizers, one for each parameter, stepped within one backward pass.
     in_backward: bool = False
     uncertainty: dict[str, Tensor] = field(default_factory=dict)  # kind -> (2,): sum, count
+    losses: dict[str, Tensor] = field(default_factory=dict)  # of the output, "loss" -> the same
     # Of what this rank has of each parameter, by its name, 0-d each; -1 where nothing is updated.
     norms: dict[str, Tensor] = field(default_factory=dict)  # of the gradient
     norms_before_clip: dict[str, Tensor] = field(default_factory=dict)
     changes: dict[str, Tensor] = field(default_factory=dict)  # norms of the updates
     sizes: dict[str, Tensor] = field(default_factory=dict)  # norms of the parameters
+    are_updates_asked: bool = False  # or what is known of them is for judgement alone
+    gaps: dict[str, str] = field(default_factory=dict)  # parameter -> why it does not learn here
+    ran: dict[str, int] = field(default_factory=dict)  # module -> when its first call ended
     parts: dict[str, Part] = field(default_factory=dict)  # of those that are not whole here
     attention: dict[str, Tensor] = field(default_factory=dict)  # module -> its accumulators
     heads: dict[str, Part] = field(default_factory=dict)  # module -> if there are others elsewhere
@@ -83,6 +92,7 @@ class Readings:
         del self.forwards[_FORWARDS:]
         self.scaling = other.scaling or self.scaling
         self.in_backward |= other.in_backward
+        self.are_updates_asked |= other.are_updates_asked
 
     def settled(self) -> "Readings":
         """On the host: without what was no attention, and what was finite in each forward."""
@@ -117,13 +127,14 @@ class Readings:
         # Copied first: another thread that runs the model may merge into them meanwhile.
         parts = {name: copy.copy(part) for name, part in vars(self).items()}
         forwards, scaling = parts.pop("forwards"), parts.pop("scaling")
-        in_backward = parts.pop("in_backward")
+        in_backward, are_updates_asked = parts.pop("in_backward"), parts.pop("are_updates_asked")
         named = {n: {key: each(v) for key, v in part.items()} for n, part in parts.items()}
         return Readings(
             **named,
             forwards=[forward.mapped(function) for forward in forwards],
             scaling=scaling and scaling._replace(state=function(scaling.state)),
             in_backward=in_backward,
+            are_updates_asked=are_updates_asked,
         )
 
 
@@ -183,3 +194,13 @@ def uncertainties(found: Mapping[str, Tensor], distributions: bool = True) -> Re
     # A copy: the caller may overwrite its tensor before the step is over.
     samples = {Drawn("uncertainty", kind): v.flatten().clone() for kind, v in drawn.items()}
     return Readings(uncertainty=sums, samples=samples)
+
+
+@torch.no_grad()
+def losses(output: Any) -> dict[str, Tensor]:
+    """The scalar `loss` of a model's output, a dict's key or an attribute, as its sum and count."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        return {}
+    value = loss.detach().reshape(()).to(widened(loss.dtype))
+    return {"loss": torch.stack([value, torch.ones_like(value)])}

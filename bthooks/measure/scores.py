@@ -52,6 +52,8 @@ def score_blocks(
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
         mask = mask.expand(*mask.shape[:-1], keys)
+        if mask.shape[-2] > 1 and mask.stride(-2) == 0:  # one of the keys alone, expanded
+            mask = mask[..., :1, :]
     for at, last in row_blocks(length, rows, batch * heads * keys, query.device):
         stop = min(keys, last + 1) if is_causal else keys
         q = take(query, at).to(dtype) * scale  # (B, H, r, d)

@@ -78,7 +78,7 @@ def event_of(figures: Figures, verdict: Verdict | None = None) -> Event:
         ("learning_rate/effective", figures.effective_rates),
         ("gradients/norm", figures.norms),
         ("gradients/layer_mean", figures.layers),
-        ("gradients/update_ratio", figures.update_ratios),
+        ("gradients/update_ratio", figures.update_ratios if figures.are_updates_asked else {}),
         ("gradients", {name: value for name, value in totals.items() if value is not None}),
         ("attention", attention),
         ("uncertainty", figures.uncertainty),
@@ -103,6 +103,8 @@ def event_of_model(
     entropies = [found["entropy"] for found in figures.attention.values() if "entropy" in found]
     if entropies:
         event.scalars["attention/mean_entropy"] = sum(entropies) / len(entropies)
+    if training and figures.loss is not None:
+        event.scalars["train/loss"] = figures.loss
     if entropies and training:
         for end, nats in HEALTHY_ENTROPY.items():
             event.scalars[f"attention/healthy_entropy/{end}"] = nats

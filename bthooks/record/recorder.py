@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from ..health.alerts import Alerts
+from ..health.gradients import suspects
 from ..job import rank
-from ..measure.figures import Figures, figures_of
+from ..measure.figures import Figures, figures_of, layer_means
 from ..measure.readings import Readings
 from ..measure.scaling import Skips, is_any_scaler
 from ..names import tag
 from ..report import Ledger
+from ..torch_private import without_modes
 from .backend import PATIENCE, Removed, flush, hand_over, was_told
 from .event import event_of_model, prefixed
 from .folders import Folder, Output
@@ -71,11 +73,15 @@ class Recorder:
         self._lost: list[int] = []  # the steps that could not be written
         self._last: dict[str, int] = {}  # by tag: the step last written
         self._has_layout = False
+        self.expects = False  # whether what a training step measured is about to be judged
+        self._suspects: set[str] = set()  # on a rank that does not write
+        self.given: set[str] = set()  # the tags of losses that are logged by hand
         _recorders.append(self)
 
     def add(self, pending: Pending) -> None:
         """Take in a step, to whose readings more may come until it is sent."""
         self._waiting.append(pending)
+        self.expects |= not pending.prefix
 
     def open(self) -> Any:
         """The writer, opened if it is not; None where nothing is written, or it can't be opened."""
@@ -89,6 +95,11 @@ class Recorder:
     def writes(self) -> bool:
         """Whether it is this rank that writes, as far as is known."""
         return self.ranks.writes
+
+    @property
+    def suspects(self) -> set[str]:
+        """The layers of which it is to be known what the optimizer makes of their gradients."""
+        return self.alerts.suspects if self.writes else self._suspects
 
     def send(self, step: int = 1 << 62) -> None:
         """Write what waits, as far as it has arrived on the host; `step` begins: what is of those
@@ -277,11 +288,15 @@ class Recorder:
         for part in parts:
             readings.merge(part.result())
         if self.writes:
-            self._write(pending, readings)
+            with without_modes():  # a collection may end an attachment while torch traces another
+                self._write(pending, readings)
         elif readings != Readings() or not pending.goes_on:
             pending.is_told = not pending.goes_on
             mail = Mail(pending.step, readings.settled(), pending.prefix, pending.is_told)
             self.ranks.send(mail)
+            if readings.norms:  # of its parts: what is suspected of the whole is of them too
+                found = layer_means({name: float(n) for name, n in readings.norms.items()})
+                self._suspects = suspects(found, None, self.alerts.thresholds)
 
     def _write(self, pending: Pending, readings: Readings) -> None:
         found, is_all = self.ranks.with_others(*pending.key, readings)
@@ -292,11 +307,14 @@ class Recorder:
             by_rank.setdefault(number, Readings()).merge(part)
         self._written = pending.key, by_rank
         figures = self._figures(by_rank, is_all)
+        if tag(self.prefix, "train/loss") in self.given:
+            figures = replace(figures, loss=None)
         if not pending.prefix:
             self.ranks.judged({*by_rank}, {*figures.alone})
         if len(by_rank) > 1:
             self._ledger.captured("ranks", map(str, sorted(by_rank)))
         verdict = self.alerts.judge(figures, pending.step, pending.prefix)
+        self.expects = bool(self._waiting or self._leaving)
         event = event_of_model(
             figures,
             verdict,

@@ -267,9 +267,7 @@ def test_a_root_compiled_in_place_is_said_at_once_and_left_alone(compiled, captu
         return losses, counter.frame_count, handle
 
     losses, frames, _ = run(attached=False)
-    with pytest.warns(
-        RuntimeWarning, match=r"attention: model\.compile\(\) .* attach to that"
-    ) as w:
+    with pytest.warns(RuntimeWarning, match=r"forward: model\.compile\(\) .* attach to that") as w:
         found, also, handle = run(attached=True)
     assert len(w) == 1
     assert "torch.compile(model)" in handle.report().missed["attention"]

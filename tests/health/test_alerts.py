@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import math
 import warnings
 from pathlib import Path
@@ -38,7 +39,6 @@ TOLD = {
     "nan": [("nonfinite", "blocks.2.mlp", 30)],
     "root": [
         ("nonfinite_gradients", "blocks.2.mlp.inner.2.bias", 30),
-        ("nonfinite", "row", 35),
     ],
     "normalized": [("collapsed_gradients", "root", 5)],
     "dead": [
@@ -47,6 +47,15 @@ TOLD = {
     ],
     "schedule": [("learning_rate", "learning_rate/0", 80)],
     "confident": [("miscalibration", "val/calibration/ece", 99)],
+    "detached": [("unlearned", "row", 5)],
+    "forgotten": [("unlearned", "head", 5)],
+    "decayed": [("learning_rate", "learning_rate/0", 50)],
+    "inverted": [
+        ("dead_rows", "blocks.1.attention", 5),
+        ("vanishing_gradients", "blocks.1.norm1", 50),
+    ],
+    "spike": [("loss", "train/loss", 31)],
+    "undefined": [("loss", "train/loss", 32)],
 }
 
 
@@ -89,9 +98,9 @@ def rates(*values):
     return [Figures(learning_rates={"0": value}) for value in values]
 
 
-def heads(*found):
+def heads(*found, sink=0.0, logit=200.0):
     """Entropy, keys and the weight on a neighbour, of each head."""
-    of_rank = OfRank({"a": dict(enumerate(Head(*head) for head in found))}, {}, [])
+    of_rank = OfRank({"a": dict(enumerate(Head(*head, sink, logit) for head in found))}, {}, [])
     return Figures(ranks={0: of_rank})
 
 
@@ -102,6 +111,27 @@ HEALTHY = {
     "an idle expert": [Figures(layers=layers(1, float(at % 9 == 0))) for at in range(40)],
     "a frozen group": [Figures(learning_rates={"0": 1.0, "1": 0.0})] * 9,
     "few samples": [Figures(calibration={"ece": 0.25, "gap": 0.1}, chance=0.2)] * 3,
+    "gains confidence": [
+        Figures(calibration={"ece": 0.3, "gap": -0.3, "nll": 0.9**at, "accuracy": 0.5})
+        for at in range(20)
+    ],
+    "large, of a loss that falls": [
+        Figures(layers=layers(300, 200), total_norm=400.0, loss=1e3 * 0.9**at) for at in range(40)
+    ],
+    "small, and moves its weights": [
+        Figures(layers=layers(1e-6, 1), layer_updates={"l0": 4e-3, "l1": 5e-3})
+        for at in range(20)
+    ],
+    "a batch without loss": [
+        Figures(layers=layers(at % 9 < 2, at % 9 < 2), loss=float(at % 9 < 2)) for at in range(40)
+    ],
+    "clipped layer by layer": [
+        Figures(layers=layers(1, 1, 1, 1), layers_before_clip=layers(1, 2, 3, 4))
+    ] * 3,
+    "a needle": [heads((0.01, 30.0, 0.0), logit=50.0)] * 3,
+    "a sink": [heads((0.01, 30.0, 0.0), sink=0.98)] * 3,
+    "padded queries": [Figures(attention={"a": {"dead_rows": 0.6}}, empty={"a": 0.1})] * 3,
+    "warm-up from 0": rates(0.0, 1.0, 2.0),
     "few keys": [heads((0.0, 3.0, 0.0))] * 3,
     "no key": [heads((math.nan, math.nan, math.nan))] * 3,
     "previous token": [heads((0.02, 30.0, 0.98))] * 3,
@@ -115,25 +145,33 @@ HEALTHY = {
     "off": [total(math.inf), total(1e30), total(1e30)],
 }  # fmt: skip
 ILL = {
-    "total": ([total(11)] * 2, "exploding_gradients: l1: step 10: the norm of all"),
+    "total": (
+        [total(0.1)] * 2 + [total(11)] * 2,
+        "exploding_gradients: l1: step 30: the norm of all",
+    ),
     "layer": (
         [Figures(layers=layers(1, n), total_norm=1.0) for n in [1] * 9 + [20] * 2],
         "exploding_gradients: l1: step 100: its gradient norm is 10 ** 1.3 times",
     ),
     "clipped layer": (
         [total(*norms) for norms in [(0.5, 0.5)] * 9 + [(6.0, 0.5)] * 2],
-        "exploding_gradients: l0: step 100: its gradient norm is 10 ** 1.0 times",
+        "exploding_gradients: l1: step 100: its gradient norm is 10 ** 1.0 times",
     ),
     "vanishing": (
-        [Figures(layers=layers(1e-6, 1, 0.3))] * 2,
+        [Figures(layers=layers(1e-6, 1, 0.3), norms={"w": 1.0}, layer_updates=u)
+         for u in ({}, {"l0": 1e-8, "l1": 1e-3})],
         "vanishing_gradients: l0: step 10: its",
+    ),
+    "vanishing, of which no update is known": (
+        [Figures(layers=layers(1e-6, 1, 0.3))] * 4,
+        "vanishing_gradients: l0: step 30: its",
     ),
     "no gradient any more": (
         [Figures(layers=layers(float(at < 3), 1)) for at in range(14)],
         "vanishing_gradients: l0: step 130: its mean gradient norm is 0.0e+00",
     ),
     "none at all": (
-        [Figures(layers=layers(0, 0))] * 2,
+        [Figures(layers=layers(0, 0), loss=1.0)] * 2,
         "vanishing_gradients: l0: step 10: its mean",
     ),
     "collapsed": (
@@ -149,6 +187,27 @@ ILL = {
         "attention_logits: a: step 20: its largest score is 120",
     ),
     "rate at 0": (rates(1.0, 0.5, 0.0, 0.0), "learning_rate: learning_rate/0: step 30: 0 while"),
+    "decay": (
+        rates(*(0.1**at for at in range(10))),
+        "learning_rate: learning_rate/0: step 90: 1e-09 while training goes on, it was 1",
+    ),
+    "dead rows": (
+        [Figures(attention={"a": {"dead_rows": 0.95}})] * 2,
+        "dead_rows: a: step 10: 95% of its queries see no key",
+    ),
+    "empty samples": (
+        [Figures(attention={"a": {"dead_rows": 0.3}}, empty={"a": 0.3})] * 2,
+        "dead_rows: a: step 10: 30% of its queries see no key",
+    ),
+    "loss": (
+        [Figures(loss=1 + 0.01 * (at % 3)) for at in range(20)] + [Figures(loss=3.0)] * 2,
+        "loss: train/loss: step 210: it is 3, the median of the last 21 1.01",
+    ),
+    "loss out of all proportion": (
+        [Figures(loss=1.0), Figures(loss=2e3), Figures(loss=4e6)],
+        "loss: train/loss: step 20: it is 4e+06, at first 1",
+    ),
+    "loss that is none": ([Figures(loss=1.0), Figures(loss=math.inf)], "loss: train/loss: step 10"),
     "jump": (rates(*[1.0] * 8, 10.0, 10.0), "learning_rate: learning_rate/0: step 90: 10, "),
     "endless warm-up": (
         rates(*(0.01 * at for at in range(1, 1003))),
@@ -159,8 +218,12 @@ ILL = {
         "dead_activations: relu: step",
     ),
     "calibration": (
-        [Figures(calibration={"ece": 0.2, "gap": -0.1})] * 2,
-        "miscalibration: calibration/ece: step 10: the expected calibration error is 0.2: under",
+        [Figures(calibration={"ece": 0.2, "gap": 0.1})] * 2,
+        "miscalibration: calibration/ece: step 10: the expected calibration error is 0.2: over",
+    ),
+    "calibration that gets no better": (
+        [Figures(calibration={"ece": 0.2, "gap": -0.1, "nll": 1.0, "accuracy": 0.5})] * 5,
+        "miscalibration: calibration/ece: step 40: the expected calibration error is 0.2: under",
     ),
     "gradient": ([Figures(norms={"w": math.nan})], "nonfinite_gradients: w: step 0: its"),
 }  # fmt: skip
@@ -182,9 +245,11 @@ def test_what_is_ill(name):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from([0.0, 4.0, 7.0, 11.0, 1e9]), max_size=45), st.integers(1, 4))
+@given(st.lists(st.sampled_from([1.0, 4.0, 7.0, 11.0, 1e9]), max_size=45), st.integers(1, 4))
 def test_episodes_begin_and_end_in_turn(totals, checks):
-    alerts = Alerts(Thresholds(checks=checks, decades=math.inf), None, Ledger(strict=True))
+    alerts = Alerts(
+        Thresholds(checks=checks, decades=math.inf, growth=1e-12), None, Ledger(strict=True)
+    )
     told = []
     for step, norm in enumerate(totals):
         _, begun, cleared = alerts.judge(total(norm), step)
@@ -290,7 +355,7 @@ def test_thresholds_are_checked(thresholds, message):
 
 
 def test_every_judgement_can_be_switched_off():
-    least = {"vanishing": 0, "collapsed": 0.0, "entropy": 0}
+    least = {"vanishing": 0, "updates": 0, "collapsed": 0.0, "entropy": 0, "decay": 0}
     rest = Thresholds._fields[1:]
     off = Thresholds(**{name: least.get(name, math.inf) for name in rest})
     equal = {"layers": layers(1e9, 1e9, 1e9, 1e9), "total_norm": 2e9}
@@ -300,14 +365,22 @@ def test_every_judgement_can_be_switched_off():
             **norms,
             attention={"a": {"max_logit": 1e30}},
             calibration={"ece": 1.0, "gap": 1.0},
+            loss=1.0 if at < 7 else 1e30,
             learning_rates={"0": 10.0**at},
-            ranks={0: OfRank({"a": {0: Head(0.0, 9.0, 0.0)}}, {}, [])},
+            ranks={0: OfRank({"a": {0: Head(0.0, 9.0, 0.0, 0.0, 1e30)}}, {}, [])},
         )
         for at, norms in enumerate([equal] * 7 + [spread] * 7)
     ]
     assert not any(checked(figures, off))
     told = str(checked(figures))
-    for condition in "vanishing", "exploding", "collapsed", "attention_collapse", "miscalibration":
+    for condition in (
+        "vanishing",
+        "exploding",
+        "collapsed",
+        "attention_collapse",
+        "loss",
+        "miscalibration",
+    ):
         assert condition in told
 
 
@@ -321,7 +394,8 @@ def test_the_callback_may_flush_and_detach(what, tmp_path):
         told.append(alert)
         getattr(handle, what)()
 
-    handle = attach(model, tmp_path, every=1, on_alert=callback, on_error="raise")
+    large = Thresholds(growth=1e-3)
+    handle = attach(model, tmp_path, every=1, thresholds=large, on_alert=callback, on_error="raise")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(6):
@@ -339,7 +413,7 @@ def test_thresholds_are_used():
     model, x = nn.Linear(4, 1), torch.ones(1, 4)
     optimizer = torch.optim.SGD(model.parameters(), 1e-9)
     told = []
-    strict = Thresholds(checks=1, exploding=0.5)
+    strict = Thresholds(checks=1, exploding=0.5, growth=1e-3)
     handle = attach(model, None, every=1, thresholds=strict, on_alert=told.append)
     F.mse_loss(model(x), torch.ones(1, 1) * 9).backward()
     optimizer.step()
@@ -363,7 +437,7 @@ def test_an_alert_that_lasts_is_resumed(tmp_path, capsys):
         return handle.state_dict()
 
     with (
-        attach(model, tmp_path, every=1) as handle,
+        attach(model, tmp_path, every=1, thresholds=Thresholds(growth=1e-3)) as handle,
         pytest.warns(RuntimeWarning, match="exploding_gradients"),
     ):
         state = train(handle, 100)
@@ -371,7 +445,8 @@ def test_an_alert_that_lasts_is_resumed(tmp_path, capsys):
     writer = bthooks.make_writer(tmp_path.parent, tmp_path.name, purge_step=4)
     with writer, warnings.catch_warnings():
         warnings.simplefilter("error")
-        with attach(model, writer, every=1, on_error="raise") as again:
+        large = Thresholds(growth=1e-3)
+        with attach(model, writer, every=1, thresholds=large, on_error="raise") as again:
             again.load_state_dict(state)
             state = train(again, 100)
             assert again.alerts == handle.alerts
@@ -421,4 +496,150 @@ def test_calibration_is_judged_by_the_attachment_of_that_writer(tmp_path):
     ((alert,),) = (handle.alerts,)
     assert (alert.condition, alert.step, alert.cleared) == ("miscalibration", 2, 5)
     points = read(tmp_path).scalars["health/miscalibration"]
-    assert points == [(1, 1), (2, 1), (3, 1), (4, 0), (5, 0), (6, 0)]
+    assert points == [(1, 0), (2, 1), (3, 1), (4, 0), (5, 0), (6, 0)]
+
+
+class Gap(nn.Module):
+    """Learns in one layer, and not in five others."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unreached, self.left_out, self.detached, self.frozen, self.rounded = (
+            nn.Linear(4, 4) for _ in range(6)
+        )
+        self.frozen.requires_grad_(False)
+        self.rounded.bfloat16()
+
+    def forward(self, x):
+        y = self.left_out(self.used(self.frozen(self.detached(x).detach())))
+        return y + self.rounded(x.bfloat16()).float()
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_what_does_not_learn_is_in_the_report_and_whole_modules_are_told(every):
+    model = Gap()
+    parts = (model.used, model.unreached, model.detached, model.frozen)
+    optimizers = [
+        torch.optim.SGD([p for part in parts for p in part.parameters()], 0.1),
+        torch.optim.SGD(model.rounded.parameters(), 1e-12),  # less than a bfloat16 can hold
+    ]
+    with warnings.catch_warnings(), attach(model, None, every=every, on_error="raise") as handle:
+        warnings.simplefilter("ignore")
+        for _ in range(30 * every):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            model(torch.randn(2, 4)).sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    said = handle.report().missed["training of parameters"]
+    assert said == (
+        "has gradients, and is in no optimizer: left_out; in an optimizer, and has never had a "
+        "gradient: detached, unreached; updates of exactly 0: rounded"
+    )
+    (alert,) = [alert for alert in handle.alerts if alert.condition == "unlearned"]
+    assert alert.step == every
+    assert {alert.where, *alert.message.split("more: ")[-1].split(", ")} == {"detached", "left_out"}
+
+
+def test_an_optimizer_that_has_not_stepped_yet_is_one():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    often, seldom = (torch.optim.SGD(part.parameters(), 0.1) for part in model)
+    quiet = Thresholds(exploding=math.inf)
+    with (
+        warnings.catch_warnings(),
+        attach(model, None, every=1, thresholds=quiet, on_error="raise") as handle,
+    ):
+        warnings.simplefilter("error")
+        for step in range(40):
+            often.zero_grad()
+            model(torch.randn(2, 4)).square().sum().backward()
+            often.step()
+            if step == 30:
+                seldom.step()
+                seldom.zero_grad()
+    assert handle.alerts == ()
+    assert "training of parameters" not in handle.report().missed
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_the_loss_of_the_output_is_written_and_judged(by_hand, tmp_path, backend):
+    class Model(nn.Linear):
+        def forward(self, x):
+            return {"loss": super().forward(x).square().mean() * scale}
+
+    model, scale = Model(4, 1), 1.0
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+    x, losses = torch.randn(8, 4), {}
+    of_loss_alone = Thresholds(exploding=math.inf, decades=math.inf)
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        bthooks.make_writer(tmp_path, "run", backend=backend) as writer,
+        attach(model, writer, every=2, thresholds=of_loss_alone) as handle,
+    ):
+        warnings.simplefilter("always")
+        for step in range(40):
+            scale = 1e3 if step >= 30 else 1.0
+            optimizer.zero_grad()
+            parts = [model(x[:4])["loss"], model(x[4:])["loss"]]  # micro-batches
+            sum(parts).backward()
+            optimizer.step()
+            losses[step] = sum(parts).item() / 2
+            if by_hand:
+                bthooks.log_metrics(writer, {"loss": losses[step]}, step)
+    points = dict(read(tmp_path).scalars["train/loss"])
+    assert [*points] == [*range(40)] if by_hand else [*range(0, 40, 2)]
+    for step, loss in points.items():
+        assert loss == pytest.approx(losses[step], rel=1e-5)
+    (alert,) = handle.alerts
+    assert (alert.condition, alert.where) == ("loss", "train/loss")
+    assert alert.step == (31 if by_hand else 32)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("at", [8, 30])
+def test_a_resume_keeps_what_is_judged_by(at, tmp_path):
+    """An explosion, a loss that jumps and a rate that dies are seen as without the resume."""
+
+    def train(resumes):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        writer = bthooks.make_writer(tmp_path, f"{at} {resumes}")
+        handle = attach(model, writer, every=1)
+        for step in range(50):
+            if resumes and step == at:
+                state = json.loads(json.dumps(handle.state_dict()))
+                handle.detach()
+                handle = attach(model, writer, every=1)
+                handle.load_state_dict(state)
+            optimizer.param_groups[0]["lr"] = 1e-3 * 0.6**step
+            optimizer.zero_grad()
+            loss = model(torch.randn(16, 4)).square().mean() * (1e4 if step >= 40 else 1.0)
+            loss.backward()
+            optimizer.step()
+            bthooks.log_metrics(writer, {"loss": loss}, step)
+        handle.detach()
+        writer.close()
+        return [(alert.condition, alert.where, alert.step) for alert in handle.alerts]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole, resumed = train(False), train(True)
+    assert {condition for condition, *_ in whole} == {
+        "exploding_gradients",
+        "loss",
+        "learning_rate",
+    }
+    assert resumed == whole
+
+
+def test_of_a_model_without_attention_it_is_said_what_did_not_run():
+    model = nn.Sequential(nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with warnings.catch_warnings(record=True) as caught, attach(model, None, every=1):
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model[0](torch.ones(1, 4)).sum().backward()
+            optimizer.step()
+    (said,) = {str(warning.message) for warning in caught}
+    assert said.startswith("bthooks: forward: the forward of the attached module did not run")

@@ -276,7 +276,7 @@ def test_the_weight_on_the_neighbours_of_a_query(is_causal):
 
 
 def near(sums):
-    return [weight for _, _, weight in attention.of_heads({"": sums})[""]]
+    return [head.neighbour for head in attention.of_heads({"": sums})[""]]
 
 
 def test_sums_merge_as_if_measured_together():

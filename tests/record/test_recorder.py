@@ -301,7 +301,8 @@ def test_inference_that_is_resumed_keeps_its_points(tmp_path):
 def test_a_step_may_be_of_numpy(tmp_path):
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), 1e-9)
-    with attach(model, tmp_path, every=1, step=np.int64(3)) as handle:
+    large = bthooks.Thresholds(growth=1e-3)
+    with attach(model, tmp_path, every=1, step=np.int64(3), thresholds=large) as handle:
         for _ in range(4):
             (model(torch.ones(1, 2)).sum() * 100).backward()
             optimizer.step()

@@ -160,7 +160,7 @@ def test_a_step_is_one_event(tmp_path, backend):
     assert [event.step for event in events] == [0, 1, 2]
     # Norms, their mean and total, the rate; health; histograms; once the layout of the charts.
     counts = [len(event.summary.value) for event in events]
-    assert counts == [6 + 5 + 4 + 1, 6 + 5 + 4, 6 + 5 + 4]
+    assert counts == [6 + 6 + 4 + 1, 6 + 6 + 4, 6 + 6 + 4]
 
 
 def test_events_of_every_kind_read_back_the_same_from_both(tmp_path):

@@ -68,7 +68,7 @@ def dead_rows(figures: Figures, limits: Thresholds) -> list[Finding]:
     found = []
     for path, statistics in figures.attention.items():
         if (share := statistics.get("dead_rows")) is not None:
-            empty = figures.empty.get(path, 0.0)
+            empty = statistics.get("dead_samples", 0.0)
             severity = max(share / limits.dead_rows, empty / limits.dead_samples)
             message = f"{share:.0%} of its queries see no key: is its mask inverted?"
             found.append(Finding(path, severity, message))

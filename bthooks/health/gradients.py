@@ -101,11 +101,11 @@ class Gradients(Judge):
         message = f"the norm of all gradients before clipping is {total:.3g}, most of it here{why}"
         findings = [Finding(by_norm[0], severity, message, "with the total")]
         unclipped = total / applied if applied else 1.0
+        high = self.level * (_GROWS if loss.falls() else _STALLS)
         for name, norm in layers.items():
             if 0 < norm * unclipped < math.inf:
                 baseline = self.baselines.setdefault(name, Baseline())
                 over, allowed = baseline.look(math.log10(norm * unclipped), limits.decades)
-                high = self.level * (_GROWS if loss.falls() else _STALLS)
                 severity = min(over / allowed, norm * unclipped / high) if high else 0.0
                 message = f"its gradient norm is 10 ** {over:.1f} times its own running mean"
                 findings.append(Finding(name, severity, message))

@@ -80,7 +80,7 @@ def attention_stats(weights: Tensor) -> dict[str, Tensor]:
         ValueError: the shape is another.
     """
     stats = finalize(sums_of_weights(checks.attention("attention_stats", weights)))
-    del stats["max_logit"]
+    del stats["max_logit"], stats["dead_samples"]
     return stats
 
 
@@ -284,6 +284,7 @@ def finalize(accumulators: Tensor) -> dict[str, Tensor]:
         "max_logit": sums.logit_max,
         "sink": sums.first / sums.rows,
         "dead_rows": sums.dead / (sums.rows + sums.dead),
+        "dead_samples": sums.empty / (sums.rows + sums.dead),
     }
 
 
@@ -299,6 +300,7 @@ def whole(maps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     is_seen = sums.rows > 0
     measured = {
         "dead_rows": torch.ones_like(is_seen),
+        "dead_samples": sums.empty > 0,
         "entropy_normalized": sums.branching > 0,
         "max_logit": sums.logit_max != -torch.inf,
     }
@@ -308,12 +310,6 @@ def whole(maps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
         path: {name: values[at] for name, values in statistics.items() if known[name][at]}
         for at, path in enumerate(maps)
     }
-
-
-def empty_shares(maps: Mapping[str, Tensor]) -> dict[str, float]:
-    """By map the fraction of rows that see no key under a mask that is the same for all rows."""
-    sums = {path: Columns(*_over_heads(of_map)[:, 0]) for path, of_map in maps.items()}
-    return {path: float(of.empty / (of.rows + of.dead)) for path, of in sums.items()}
 
 
 def of_heads(maps: Mapping[str, Tensor]) -> dict[str, list[Head]]:

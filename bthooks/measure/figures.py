@@ -53,8 +53,6 @@ class Figures:
     # module -> statistic ->
     attention: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     heads: Mapping[str, Sequence[Head]] = field(default_factory=dict)  # module ->
-    # module -> fraction of the queries that see no key under a mask of the keys alone
-    empty: Mapping[str, float] = field(default_factory=dict)
     # What is to be warned of, by site and reason, as of what turned out to be no attention.
     unsaid: Sequence[tuple[str, str]] = ()
     uncertainty: Mapping[str, float] = field(default_factory=dict)  # kind -> mean
@@ -131,7 +129,6 @@ def figures_of(
         skipped_steps=skipped,
         attention=attention.whole(maps),
         heads=heads,
-        empty=attention.empty_shares(maps),
         unsaid=[*_unsaid(job), *((f"attention of {path}", _HEADLESS) for path in headless)],
         uncertainty=_means_of(job, "uncertainty"),
         histograms=histograms,

@@ -50,6 +50,8 @@ _MERGED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "samples": _joined,
 }
 
+_PLAIN = ("parts", "gaps", "ran", "heads", "doubts")  # which hold no tensor
+
 
 @dataclass
 class Readings:
@@ -128,7 +130,10 @@ class Readings:
         parts = {name: copy.copy(part) for name, part in vars(self).items()}
         forwards, scaling = parts.pop("forwards"), parts.pop("scaling")
         in_backward, are_updates_asked = parts.pop("in_backward"), parts.pop("are_updates_asked")
-        named = {n: {key: each(v) for key, v in part.items()} for n, part in parts.items()}
+        named = {
+            n: part if n in _PLAIN else {key: each(v) for key, v in part.items()}
+            for n, part in parts.items()
+        }
         return Readings(
             **named,
             forwards=[forward.mapped(function) for forward in forwards],

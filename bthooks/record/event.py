@@ -67,7 +67,7 @@ def event_of(figures: Figures, verdict: Verdict | None = None) -> Event:
         f"{name}/{path}": value
         for path, statistics in figures.attention.items()
         for name, value in statistics.items()
-        if value or name != "dead_rows"
+        if value or name not in ("dead_rows", "dead_samples")
     }
     for (group, name), found in figures.histograms.items():
         # The plain tags of these groups are scalars.

@@ -130,7 +130,7 @@ HEALTHY = {
     ] * 3,
     "a needle": [heads((0.01, 30.0, 0.0), logit=50.0)] * 3,
     "a sink": [heads((0.01, 30.0, 0.0), sink=0.98)] * 3,
-    "padded queries": [Figures(attention={"a": {"dead_rows": 0.6}}, empty={"a": 0.1})] * 3,
+    "padded queries": [Figures(attention={"a": {"dead_rows": 0.6, "dead_samples": 0.1}})] * 3,
     "warm-up from 0": rates(0.0, 1.0, 2.0),
     "few keys": [heads((0.0, 3.0, 0.0))] * 3,
     "no key": [heads((math.nan, math.nan, math.nan))] * 3,
@@ -196,7 +196,7 @@ ILL = {
         "dead_rows: a: step 10: 95% of its queries see no key",
     ),
     "empty samples": (
-        [Figures(attention={"a": {"dead_rows": 0.3}}, empty={"a": 0.3})] * 2,
+        [Figures(attention={"a": {"dead_rows": 0.3, "dead_samples": 0.3}})] * 2,
         "dead_rows: a: step 10: 30% of its queries see no key",
     ),
     "loss": (

@@ -38,6 +38,9 @@ def reference(query, key, *, mask=None, is_causal=False, scale=None):
     w = torch.where(alive[..., None], scores, 0).softmax(-1)
     entropy, visible = torch.special.entr(w).sum(-1), (~hidden).sum(-1)
     stats = {"dead_rows": (~alive).double().mean()}
+    is_of_keys = mask is not None and mask.shape[-2] == 1 < q.shape[-2] and not is_causal
+    if is_of_keys and not alive.all():
+        stats["dead_samples"] = stats["dead_rows"]
     if alive.any():
         stats |= {
             "entropy": entropy[alive].mean(),

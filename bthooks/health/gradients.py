@@ -13,7 +13,8 @@ from .thresholds import Thresholds
 _IDLE = 10  # checks
 _START = 3  # checks
 _UNASKED = 3  # checks, after which no update of a suspected layer is waited for
-_STALLS, _GROWS = 10.0, 30.0  # times the start, where the loss does not fall, and where it does
+_STALLS = 30.0  # times the start, where the loss does not fall
+_LAYER, _LAYER_LEARNS = 10.0, 30.0  # times the largest layer at the start; where the loss falls
 _ALONE = 1e3  # times the next layer's norm, or the loss
 _MANY = 4  # layers
 
@@ -101,7 +102,7 @@ class Gradients(Judge):
         message = f"the norm of all gradients before clipping is {total:.3g}, most of it here{why}"
         findings = [Finding(by_norm[0], severity, message, "with the total")]
         unclipped = total / applied if applied else 1.0
-        high = self.level * (_GROWS if loss.falls() else _STALLS)
+        high = self.level * (_LAYER_LEARNS if loss.falls() else _LAYER)
         for name, norm in layers.items():
             if 0 < norm * unclipped < math.inf:
                 baseline = self.baselines.setdefault(name, Baseline())

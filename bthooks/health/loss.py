@@ -10,6 +10,7 @@ from .findings import Finding, Judge
 from .thresholds import Thresholds
 
 _WINDOW, _FEW, _START = 128, 8, 5  # values
+_LONG = 64  # values, before which it may not have begun to fall
 _SPREAD = 1.4826  # of a normal distribution, the deviation over the median of the distances
 _RETURN = 0.25  # of the way back to the start: what has converged may jump by less
 _BLOWN_UP = 1e3  # times the first value
@@ -75,7 +76,8 @@ class Loss(Judge):
         if len(self.values) < _FEW:
             return None
         latest = statistics.median(self.values[-_FEW:])
-        return latest < self.start - (1 - _FALLS) * abs(self.start)
+        falls = latest < self.start - (1 - _FALLS) * abs(self.start)
+        return falls if falls or len(self.values) >= _LONG else None
 
     def at(self, step: int) -> float | None:
         """That of a step, if it was given lately."""

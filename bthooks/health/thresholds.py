@@ -19,8 +19,8 @@ class Thresholds(NamedTuple):
             largest gradient: what is small and still moves its weights, as under Adam, is healthy.
         exploding: L2 norm of all gradients before clipping. It depends on the unit of the loss, so
             what is above it is in the condition only with one of: `growth`; an update as large as
-            the weights, or ten times the norm of the start, with a loss that does not fall; a loss
-            that is not finite; a thousand times the loss, or the next layer's norm.
+            the weights, or 30 times the norm of the start, with a loss that does not fall; a loss
+            that has blown up; a thousand times the loss, or the next layer's norm.
         growth: that norm over the least of the run's first three checks.
         decades: log10 of a layer's norm over its own running mean (and beyond 3 deviations, and
             above the largest layer's at the start).

@@ -295,7 +295,7 @@ def actor_critic() -> Run:
 def layer_scale() -> Run:
     model = ViT(scale=1e-5)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    warm = schedules.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 100))
+    warm = schedules.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 30))
     return classifier(model, optimizer, warm)
 
 
@@ -421,7 +421,7 @@ def needle() -> Run:
             return loss_of()
 
     whole = Whole()
-    return Run(whole, stepping(adam(whole), whole), steps=500)
+    return Run(whole, stepping(adam(whole, 1e-2), whole), steps=500)
 
 
 @healthy

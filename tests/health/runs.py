@@ -18,6 +18,9 @@ from .broken import BROKEN
 from .healthy import HEALTHY, Run
 
 EVERY = (1, 5, 100)
+# Of these the end matters too: of a schedule, or of a loss that has none left.
+WHOLE = ("one_cycle", "warm_restarts", "cosine_to_0", "triplets", "fitted_by_heart")
+SHORT, FAULT = 80, 40  # steps
 SPANS = (((1, 5), 60, 200), ((100,), 600, 1200))  # cadences, step of the fault, steps
 
 
@@ -72,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m tests.health.runs", description=__doc__)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="as many steps as in the suite")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -80,9 +84,14 @@ def main() -> None:
         for name in arguments.names or [*HEALTHY, *BROKEN]:
             is_broken = name in BROKEN
             # A fault at the default cadence is there after six logged steps.
-            for every, fault, steps in SPANS if is_broken else ((EVERY, 0, None),):
+            spans = ((EVERY, 0, None),)
+            if is_broken:
+                spans = (((5,), FAULT, 200),) if arguments.quick else SPANS
+            for every, fault, steps in spans:
                 torch.manual_seed(seed)
                 run = BROKEN[name].make(fault) if is_broken else HEALTHY[name]()
+                if arguments.quick and not is_broken and name not in WHOLE:
+                    steps = min(run.steps, SHORT)
                 told = train(run, every, steps)
                 for each, alerts in told.alerts.items():
                     of[is_broken] += 1

@@ -9,11 +9,8 @@ import pytest
 
 from .broken import BROKEN
 from .healthy import HEALTHY
-from .runs import EVERY, has_learnt, is_named, train
+from .runs import EVERY, FAULT, SHORT, WHOLE, has_learnt, is_named, train
 
-# Of these the end matters too: of a schedule, or of a loss that has none left.
-WHOLE = ("one_cycle", "warm_restarts", "cosine_to_0", "triplets", "fitted_by_heart")
-STEPS, FAULT = 80, 40
 # Left to the script, as they take long; and what examples/broken_runs.py has.
 LONG = {
     *("accumulated", "deep_transformer", "language_clipped", "zero_initialised_heads", "re_zero"),
@@ -33,7 +30,7 @@ def test_a_healthy_run_learns_and_nothing_is_told_of_it(name):
     run = HEALTHY[name]()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch's, of schedulers
-        told = train(run, EVERY, None if name in WHOLE else min(run.steps, STEPS))
+        told = train(run, EVERY, None if name in WHOLE else min(run.steps, SHORT))
     assert told.alerts == dict.fromkeys(EVERY, ())
     assert has_learnt(told), (told.start, told.end)
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,17 @@ from .names import parameter_names, tag
 from .record.backend import write
 from .record.event import Event, event_of, prefixed
 from .record.images import reliability_diagram
-from .record.recorder import is_written, recorder_of
+from .record.recorder import Recorder, is_written, losses_given, recorder_of, within
 from .record.transfer import Transfer, read
 from .record.writers import Writer
 
-_TRAINING = {"train": ""}  # where an attachment has the steps of training
+
+class _Judged(NamedTuple):
+    """What an attachment says of what is logged by hand, and under which prefix it does."""
+
+    recorder: Recorder
+    verdict: Verdict
+    prefix: str
 
 
 def log_metrics(
@@ -52,10 +58,11 @@ def log_metrics(
     figures = figures_of({0: read(Readings(metrics=scalars))})
     step = checks.whole("log_metrics", "step", step)
     loss = figures.metrics.get("loss")
-    verdict = None if loss is None else _judged(writer, Figures(loss=loss), step, prefix)
-    is_told = verdict is not None and (any(verdict.shares.values()) or verdict.cleared)
-    _put(writer, _with(verdict if is_told else None, event_of(figures), prefix), step)
-    _tell(writer, verdict)
+    judged = None if loss is None else _judged(writer, Figures(loss=loss), step, prefix)
+    is_well = judged is None or not (any(judged.verdict.shares.values()) or judged.verdict.cleared)
+    _put(writer, _with(None if is_well else judged, event_of(figures), prefix), step)
+    if judged is not None:  # once it is written: what is told may flush or detach
+        judged.recorder.alerts.tell()
 
 
 def log_learning_rate(
@@ -244,11 +251,12 @@ def log_calibration(
     found = dict(zip(stats, numbers, strict=True))
     figures = Figures(calibration=found, chance=float(error_by_chance(bins)))
     step = checks.whole(where, "step", step)
-    verdict = _judged(writer, figures, step, prefix)
+    judged = _judged(writer, figures, step, prefix)
     event = event_of(figures)
     event.images["calibration/reliability"] = reliability_diagram(bins)
-    _put(writer, _with(verdict, event, prefix), step)
-    _tell(writer, verdict)
+    _put(writer, _with(judged, event, prefix), step)
+    if judged is not None:
+        judged.recorder.alerts.tell()
 
 
 def log_model_histograms(
@@ -350,32 +358,29 @@ def _lost(is_nan: Tensor, of: str, so: str) -> int:
     return lost
 
 
-def _judged(writer: Writer, figures: Figures, step: int, prefix: str) -> Verdict | None:
+def _judged(writer: Writer, figures: Figures, step: int, prefix: str) -> _Judged | None:
     """What the attachment that has this writer says of the figures; None where there is none."""
-    recorder = recorder_of(writer)
-    if recorder is None:
-        return None
+    recorder = recorder_of(writer, prefix)
     if figures.loss is not None:
-        recorder.given.add(tag(prefix, "loss"))
+        losses_given(writer, tag(prefix, "loss"))
+    if recorder is None or not is_written(writer):
+        return None
+    inside = within(recorder.prefix, prefix)
+    place = prefix if inside is None else inside
+    place, start = ("" if place == "train" else place), ("" if inside is None else recorder.prefix)
     expects = recorder.expects and figures.loss is not None
-    return recorder.alerts.judge(figures, step, _TRAINING.get(prefix, prefix), expects)
+    verdict = recorder.alerts.judge(figures, step, place, expects)
+    return _Judged(recorder, verdict, tag(start, place))
 
 
-def _with(verdict: Verdict | None, event: Event, prefix: str) -> Event:
+def _with(judged: _Judged | None, event: Event, prefix: str) -> Event:
     """`event` under `prefix`, and the verdict on it where that of an attachment's steps is."""
     found = prefixed(event, prefix)
-    if verdict is not None:
-        judged = prefixed(event_of(Figures(), verdict), _TRAINING.get(prefix, prefix))
-        found.scalars |= judged.scalars
-        found.texts |= judged.texts
+    if judged is not None:
+        verdict = prefixed(event_of(Figures(), judged.verdict), judged.prefix)
+        found.scalars |= verdict.scalars
+        found.texts |= verdict.texts
     return found
-
-
-def _tell(writer: Writer, verdict: Verdict | None) -> None:
-    """Tell what began to be wrong, once it is written: what is told may flush or detach."""
-    recorder = recorder_of(writer)
-    if recorder is not None and verdict is not None:
-        recorder.alerts.tell()
 
 
 def _event(readings: Readings) -> Event:

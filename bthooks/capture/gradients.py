@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from ..job import size
 from ..measure.gradients import norms
 from ..measure.histograms import histogram
-from ..measure.readings import NO_GRADIENT, NO_OPTIMIZER, Drawn, Rates, Readings, rates_of
+from ..measure.readings import NO_GRADIENT, NO_OPTIMIZER, NO_RATE, Drawn, Rates, Readings, rates_of
 from ..measure.scaling import LossScale, scaling
 from ..measure.sharded import Part, is_sharded, own_part, part_of
 from ..names import layer_of, parameter_names
@@ -42,6 +42,7 @@ from .flattened import FLAT, Flattened, slices_of
 from .optimizers import Known, held, held_by_any
 from .wanted import Wanted
 
+_TURNS = 16  # looks, after which each parameter has had one
 _FUNCTIONS = (FunctionType, MethodType, functools.partial)
 
 
@@ -67,7 +68,10 @@ class Gradients:
         self._stepping: dict[str, Tensor] = {}  # the parameters that they hold
         self._losses: dict[str, LossScale] = {}  # by parameter
         self._former: dict[str, Tensor] = {}  # the parameters before, those that are looked at
-        self._looks = 0  # how many steps have had one looked at in turn
+        self._order: list[str] = []  # the parameters, whose updates are looked at in turn
+        self._places: dict[str, int] = {}  # in it
+        self._turn, self._count = 0, 1  # whose turn it is, from there on so many
+        self._asked: set[int] = set()  # the optimizers that have stepped since
         self._homeless: dict[str, bool] = {}  # by parameter that none of these holds: if none does
         self._rates: dict[Optimizer, Rates] = {}
         self._given = Readings()
@@ -156,20 +160,28 @@ class Gradients:
     def _looked_at(
         self, named: Mapping[str, Tensor], optimizer: Optimizer, suspects: Collection[str]
     ) -> set[str]:
-        """The parameters whose update is measured: all, or those of `suspects` and one in turn.
+        """The parameters whose update is measured: all, or those of `suspects` and some in turn.
 
         So what is never updated is found, and no copy of all parameters is held.
         """
-        if "updates" in self._wanted.kinds:
-            return {*named}
-        if "gradients" not in self._wanted.kinds:
-            return set()
-        found = {name for name in named if layer_of(name) in suspects}
-        is_on_purpose = any(group.get("lr") == 0 for group in optimizer.param_groups)
-        if named and not (self._former or is_on_purpose):
-            found.add([*named][self._looks % len(named)])
-            self._looks += 1
-        return found
+        kinds = self._wanted.kinds
+        if "updates" in kinds or "gradients" not in kinds:
+            return {*named} if "updates" in kinds else set()
+        if id(optimizer) in self._asked:  # all that step have been
+            self._asked.clear()
+            self._turn += self._count
+        self._asked.add(id(optimizer))
+        self._order += [name for name in named if name not in self._places]
+        self._places |= {
+            name: at for at, name in enumerate(self._order[len(self._places) :], len(self._places))
+        }
+        total = len(self._order)
+        self._count = max(1, total // _TURNS)
+        return {
+            name
+            for name in named
+            if layer_of(name) in suspects or (self._places[name] - self._turn) % total < self._count
+        }
 
     def _before_update(
         self, read: Callable[[], None], optimizer: Optimizer, args: Any, kwargs: Any
@@ -240,6 +252,9 @@ class Gradients:
                 given.norms |= loss.unscaled(self._norms(gradients))
                 lacking = [n for n, p in named.items() if p.requires_grad and n not in gradients]
                 given.gaps |= dict.fromkeys(lacking, NO_GRADIENT)
+                given.sizes |= self._norms({n: named[n].detach() for n in lacking}, "size")
+                if optimizer is not None:
+                    given.gaps |= dict.fromkeys(_resting(named, optimizer), NO_RATE)
                 before = {n: self._before_clip.pop(n) for n in named if n in self._before_clip}
                 # Those under a scaler of torch's are unscaled by its state.
                 is_own = loss.scale is not None and find_scaler() is None
@@ -323,11 +338,13 @@ class Gradients:
         if not unheld:
             return
         names = self._selected(root)
-        left = {n: p for n, p in names.items() if n in unheld and p not in others}
+        left = {
+            n: p for n, p in names.items() if n in unheld and p.requires_grad and p not in others
+        }
         with self._ledger.guard("parameters without an optimizer"):
             if left.keys() - self._homeless.keys():
                 found = held_by_any(left.values())
-                self._homeless = {name: p not in found for name, p in left.items()}
+                self._homeless |= {name: p not in found for name, p in left.items()}
             homeless = {name: p.detach() for name, p in left.items() if self._homeless[name]}
             self._given.gaps |= dict.fromkeys(homeless, NO_OPTIMIZER)
             self._given.sizes |= self._norms(homeless, "size")
@@ -372,7 +389,7 @@ class Gradients:
 
     def _norms(self, tensors: Mapping[str, Tensor], what: str = "gradient") -> dict[str, Tensor]:
         try:
-            return norms(tensors)
+            return norms(tensors) if tensors else {}
         except Exception:  # of one: which?
             found: dict[str, Tensor] = {}
             for name, values in tensors.items():
@@ -398,6 +415,14 @@ class Gradients:
             self._named = self._names(root)
         names = {p: self._named.get(p) for p in parameters}
         return {n: p for p, n in names.items() if n is not None and self._wanted.selected(n)}
+
+
+def _resting(named: Mapping[str, Tensor], optimizer: Optimizer) -> list[str]:
+    """Those in groups whose learning rate is 0."""
+    resting = {
+        p for group in optimizer.param_groups if group.get("lr") == 0 for p in group["params"]
+    }
+    return [name for name, p in named.items() if p in resting] if resting else []
 
 
 def _gradients_of(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

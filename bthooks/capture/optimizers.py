@@ -155,8 +155,12 @@ def held_by_any(parameters: Iterable[Tensor]) -> set[Tensor]:
     A walk over all objects takes some 0.1 s: it is for what is about to be told.
     """
     wanted = {*parameters}
-    optimizers = [each for each in gc.get_objects() if issubclass(type(each), Optimizer)]
-    return {p for optimizer in optimizers for p in held(optimizer) if p in wanted}
+    found: set[Tensor] = set()
+    for each in gc.get_objects():
+        if issubclass(type(each), Optimizer):
+            for group in getattr(each, "param_groups", ()):  # one that wraps another may lack them
+                found.update(p for p in group["params"] if p in wanted)
+    return found
 
 
 def held(optimizer: Optimizer) -> list[Tensor]:

@@ -17,6 +17,7 @@ from .findings import Finding, listed
 from .thresholds import Thresholds
 
 _BETTER = 10  # times as long without being well, and it is over too
+_CALLS = 2  # for which it is put off where no step comes
 _NOT_FINITE = ("nonfinite", "nonfinite_gradients", "loss")  # each may come of another
 
 
@@ -69,7 +70,9 @@ class Alerts:
         self.all: list[Alert] = []  # what began to be wrong so far
         self._untold: deque[Alert] = deque()
         self._steps = 0  # of the attachment, that were judged
-        self._put_off: dict[tuple[str, str], int] = {}  # how many were when it was
+        # By prefix and condition: what was found at a step, how many were judged then, and how
+        # often it was put off.
+        self._put_off: dict[tuple[str, str], tuple[Sequence[Finding], int, int, int]] = {}
 
     def judge(
         self, figures: Figures, step: int, prefix: str = "", expects: bool = False
@@ -83,34 +86,78 @@ class Alerts:
         with self._ledger.guard("health"):
             self._steps += not expects
             for condition, findings in self._of(prefix).look(figures, step).items():
-                episode = self._episodes.setdefault((prefix, condition), _Episode(condition))
-                if not findings or step <= episode.last:  # a flush parted the step
+                if not findings or (expects and self._puts_off(findings, prefix, condition, step)):
                     continue
-                if not (expects and any(finding.at_once for finding in findings)):
-                    self._put_off.pop((prefix, condition), None)
-                elif self._put_off.setdefault((prefix, condition), self._steps) == self._steps:
-                    findings = [finding._replace(is_certain=False) for finding in findings]
-                alert = episode.look(findings, step, self.thresholds.checks)
-                verdict.shares[condition] = episode.share
-                if alert is None:
-                    continue
-                if alert.cleared is None:
-                    episode.is_told = not (
-                        self._is_told(alert, prefix) or self._follows(findings, condition, prefix)
-                    )
-                    if episode.is_told:
-                        self.all.append(alert)
-                        self._untold.append(alert)
-                        verdict.begun.append(alert)
-                elif episode.is_told:
-                    begun = alert._replace(cleared=None)
-                    training = self._episodes.get(("", condition), episode).alert
-                    if training is not None and training.where == alert.where:  # there it lasts
-                        episode.alert = begun
-                    else:
-                        self.all[self.all.index(begun)] = alert
-                        verdict.cleared.append(alert)
+                self._put_off.pop((prefix, condition), None)
+                self._look(findings, condition, prefix, step, verdict)
         return verdict
+
+    def settle(self) -> list[tuple[str, int, Verdict]]:
+        """Judge what was put off for a step that may never come, behind its prefix and step."""
+        put_off, self._put_off = self._put_off, {}
+        found = []
+        with self._ledger.guard("health"):
+            for (prefix, condition), (findings, step, *_) in put_off.items():
+                verdict = Verdict({}, [], [])
+                self._look(findings, condition, prefix, step, verdict)
+                found.append((prefix, step, verdict))
+        return found
+
+    def _puts_off(
+        self, findings: Sequence[Finding], prefix: str, condition: str, step: int
+    ) -> bool:
+        """Whether what is found at once waits: for a step to be judged, and one more call."""
+        if not any(finding.at_once and finding.severity >= 1 for finding in findings):
+            return False
+        key = prefix, condition
+        _, _, steps, calls = self._put_off.get(key, (findings, step, self._steps, 0))
+        if steps != self._steps or calls == _CALLS:
+            return False
+        self._put_off[key] = findings, step, steps, calls + 1
+        return True
+
+    def _look(
+        self,
+        findings: Sequence[Finding],
+        condition: str,
+        prefix: str,
+        step: int,
+        verdict: Verdict,
+    ) -> None:
+        """Take what was found of a condition into its episode, and what comes of it down."""
+        episode = self._episodes.setdefault((prefix, condition), _Episode(condition))
+        is_grave = any(finding.at_once and finding.severity >= 1 for finding in findings)
+        if step <= episode.last and not is_grave:  # a flush parted the step
+            return
+        if is_grave and episode.alert is not None and not episode.is_infinite:
+            self._end(episode, episode.alert._replace(cleared=step), prefix, verdict)
+            episode.alert = None
+        alert = episode.look(findings, step, self.thresholds.checks)
+        verdict.shares[condition] = episode.share
+        if alert is None:
+            return
+        if alert.cleared is not None:
+            self._end(episode, alert, prefix, verdict)
+            return
+        episode.is_told = not (
+            self._is_told(alert, prefix) or self._follows(findings, condition, prefix)
+        )
+        if episode.is_told:
+            self.all.append(alert)
+            self._untold.append(alert)
+            verdict.begun.append(alert)
+
+    def _end(self, episode: "_Episode", over: Alert, prefix: str, verdict: Verdict) -> None:
+        """An alert is over, unless the steps of training, which saw the same place, are in it."""
+        if not episode.is_told:
+            return
+        begun = over._replace(cleared=None)
+        training = self._episodes.get(("", over.condition), episode).alert
+        if prefix and training is not None and training.where == over.where:
+            episode.alert = begun
+        else:
+            self.all[self.all.index(begun)] = over
+            verdict.cleared.append(over)
 
     def _of(self, prefix: str) -> Conditions:
         return self._conditions.setdefault(prefix, Conditions(self.thresholds, prefix))
@@ -159,8 +206,12 @@ class Alerts:
         return [(at, e.alert) for (at, _), e in episodes if e.alert is not None and e.is_told]
 
     def state(self) -> list[list[Any]]:
-        """Each alert that lasts as plain data, behind the prefix of its steps."""
-        return [[prefix, *alert] for prefix, alert in self._lasting()]
+        """Each alert that lasts as plain data, behind its prefix and whether it is grave."""
+        return [
+            [prefix, episode.is_infinite, *episode.alert]
+            for (prefix, _), episode in self._episodes.items()
+            if episode.alert is not None and episode.is_told
+        ]
 
     def baselines(self) -> dict[str, dict[str, Any]]:
         """What the judgements rest on, as plain data, by the prefix of the steps."""
@@ -179,9 +230,11 @@ class Alerts:
             for alert in self.all
             if alert.step < step
         ]
-        for prefix, *fields in state:
+        self._put_off.clear()
+        self._untold.clear()
+        for prefix, is_infinite, *fields in state:
             alert = Alert(*fields)
-            episode = _Episode(alert.condition, alert=alert, is_told=True)
+            episode = _Episode(alert.condition, alert=alert, is_told=True, is_infinite=is_infinite)
             self._episodes[prefix, alert.condition] = episode
             if alert not in self.all:
                 self.all.append(alert)

@@ -64,12 +64,18 @@ def _is_known(logit: float) -> bool:
 
 
 def dead_rows(figures: Figures, limits: Thresholds) -> list[Finding]:
-    """Queries that see no key, more than any intended mask makes: as where it is inverted."""
+    """Queries that see no key, more than any intended mask makes: as where it is inverted.
+
+    Under a mask of the keys that is inverted, samples without padding have no key, and no sample
+    has the first one: so are those told from samples that are empty.
+    """
     found = []
     for path, statistics in figures.attention.items():
         if (share := statistics.get("dead_rows")) is not None:
-            empty = statistics.get("dead_samples", 0.0)
-            severity = max(share / limits.dead_rows, empty / limits.dead_samples)
+            severity = share / limits.dead_rows
+            if statistics.get("sink") == 0:
+                empty = statistics.get("dead_samples", 0.0) / limits.dead_samples
+                severity = max(severity, empty)
             message = f"{share:.0%} of its queries see no key: is its mask inverted?"
             found.append(Finding(path, severity, message))
     return found

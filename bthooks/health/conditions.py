@@ -36,7 +36,8 @@ class Conditions:
         rates = self._rates.look(figures, step, limits)
         vanishing = self._gradients.vanishing(figures, step, limits, self._loss)
         told = {finding.where for finding in vanishing if finding.severity >= 1}
-        is_idle = bool(rates) and all(math.isinf(finding.severity) for finding in rates)
+        is_dead = bool(rates) and all(math.isinf(finding.severity) for finding in rates)
+        is_idle = is_dead or self._rates.rise()
         return {
             "nonfinite": faults,
             "nonfinite_gradients": [] if any(f.severity for f in faults) else gradients,

@@ -13,6 +13,7 @@ from .thresholds import Thresholds
 _IDLE = 10  # checks
 _START = 3  # checks
 _UNASKED = 3  # checks, after which no update of a suspected layer is waited for
+_LEARNS = 10.0  # times as much growth, where the loss falls
 _STALLS = 30.0  # times the start, where the loss does not fall
 _LAYER, _LAYER_LEARNS = 10.0, 30.0  # times the largest layer at the start; where the loss falls
 _ALONE = 1e3  # times the next layer's norm, or the loss
@@ -63,6 +64,8 @@ class Gradients(Judge):
         """
         layers = finite(figures.layers)
         largest = max(layers.values(), default=0.0)
+        was_zero = loss.was_zero(step)
+        has_loss = None if was_zero is None else not was_zero
         updates = figures.layer_updates
         fastest = max(
             (updates.get(name, 0.0) for name in layers if layers[name] == largest), default=0.0
@@ -70,7 +73,7 @@ class Gradients(Judge):
         findings = []
         for name, norm in layers.items():
             self.zeros[name] = 0 if norm else self.zeros.get(name, 0) + 1
-            is_idle = 0 < self.zeros[name] < _IDLE and (largest > 0 or not loss.at(step))
+            is_idle = 0 < self.zeros[name] < _IDLE and (largest > 0 or has_loss is not True)
             share = norm / largest if largest else 0.0
             severity = 0.0 if is_idle else below(limits.vanishing, share)
             message = f"its mean gradient norm is {norm:.1e}, the largest layer's {largest:.1e}"
@@ -118,7 +121,8 @@ class Gradients(Judge):
         """How much more there is to it than the unit of the loss, and what."""
         start = min((norm for norm in self.totals if norm), default=math.inf)
         growth = total / start
-        found = [(growth / limits.growth, f", {growth:.3g} times that of the start")]
+        allowed = limits.growth * (_LEARNS if loss.falls() else 1)
+        found = [(growth / allowed, f", {growth:.3g} times that of the start")]
         if loss.falls() is False:
             found.append(
                 (
@@ -137,7 +141,9 @@ class Gradients(Judge):
             alone = figures.layers[by_norm[0]] / second
             found.append((alone / _ALONE, f", {alone:.3g} times any other layer's"))
         if loss.size > 0:
-            found.append((total / loss.size / _ALONE, f"; the loss is {loss.size:.3g}"))
+            # A policy gradient's may be as good as 0: so the norm alone is to be out of proportion.
+            over = min(total / loss.size, total / limits.exploding) / _ALONE
+            found.append((over, f"; the loss is {loss.size:.3g}"))
         return max(found)
 
     def resume(self, state: Mapping[str, Any]) -> None:

@@ -71,5 +71,9 @@ class Rates(Judge):
             ]
         return found
 
+    def rise(self) -> bool:
+        """Whether one has risen at every check so far: a warm-up, with updates that are rounded."""
+        return any(rate.rises and len(rate.latest) > 1 for rate in self.groups.values())
+
     def resume(self, state: Mapping[str, Any]) -> None:
         self.groups = {group: Rate(**rate) for group, rate in state["groups"].items()}

@@ -21,7 +21,8 @@ class Thresholds(NamedTuple):
             what is above it is in the condition only with one of: `growth`; an update as large as
             the weights, or 30 times the norm of the start, with a loss that does not fall; a loss
             that has blown up; a thousand times the loss, or the next layer's norm.
-        growth: that norm over the least of the run's first three checks.
+        growth: that norm over the least of the run's first three checks; ten times as much where
+            the loss falls.
         decades: log10 of a layer's norm over its own running mean (and beyond 3 deviations, and
             above the largest layer's at the start).
         collapsed: standard deviation of the layers' norms before clipping, as a fraction of their
@@ -31,8 +32,8 @@ class Thresholds(NamedTuple):
         logit: the largest attention score: a head of low entropy is collapsed if it is above this,
             and a layer's scores are too large if they are, and twice those of the first step.
         dead_rows: fraction of the queries that see no key. Padded ones do not, if they are masked.
-        dead_samples: the same under a mask that is one for all queries of a sample: there it is of
-            samples that have no key at all.
+        dead_samples: the same under a mask that is one for all queries of a sample, where no other
+            sample sees its first key: an inverted mask of the padding.
         loss: how many robust deviations above its median of the last 128 values.
         jump: the learning rate over the largest so far, once it has stopped rising.
         decay: the learning rate as a fraction of the largest so far, for a twentieth of the run.
@@ -53,7 +54,7 @@ class Thresholds(NamedTuple):
     keys: float = 4.0
     logit: float = 100.0
     dead_rows: float = 0.9
-    dead_samples: float = 0.15
+    dead_samples: float = 0.05
     loss: float = 10.0
     jump: float = 10.0
     decay: float = 1e-6

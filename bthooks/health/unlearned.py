@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..measure.figures import Figures
-from ..measure.readings import NO_GRADIENT
+from ..measure.readings import NO_GRADIENT, NO_RATE
 from ..names import layer_of
 from .findings import Finding, Judge, listed
 from .thresholds import Thresholds
 
-_SHARE = 0.2  # of the parameters' count
+_SHARE = 0.5  # of the parameters' count
+_STILL = 3  # looks at an update
 NO_UPDATE = "updates of exactly 0"
 
 
@@ -47,9 +48,11 @@ class Unlearned(Judge):
 
     def _take_in(self, figures: Figures, told: Collection[str] | None) -> None:
         learnt, moved = {*self.learnt}, {*self.moved}
+        gaps = {name: why for name, why in figures.gaps.items() if why != NO_RATE}
         for name, ratio in figures.update_ratios.items():
             if ratio == 0 and name not in moved and figures.norms.get(name):
-                if told is not None and layer_of(name) not in told:
+                is_told = told is None or layer_of(name) in told
+                if not is_told and name not in figures.gaps:
                     self._count(name, NO_UPDATE)
             elif ratio > 0:
                 moved.add(name)
@@ -58,7 +61,7 @@ class Unlearned(Judge):
             learnt.add(name)
             if name in self.gaps and self.gaps[name][0] != NO_UPDATE:
                 del self.gaps[name]
-        for name, why in figures.gaps.items():
+        for name, why in gaps.items():
             size = figures.sizes.get(name)
             is_still = self.sizes.setdefault(name, size) == size if size is not None else True
             if name not in learnt and is_still:
@@ -74,7 +77,9 @@ class Unlearned(Judge):
 
     def parameters(self, checks: int) -> dict[str, str]:
         """Those that have not learnt in so many checks, each with the reason."""
-        return {name: why for name, (why, count) in self.gaps.items() if count >= checks}
+        least = {NO_UPDATE: max(checks, _STILL)}
+        gaps = self.gaps.items()
+        return {name: why for name, (why, n) in gaps if n >= least.get(why, checks)}
 
     def _is_cut_off(self, path: str, ran: Mapping[str, int]) -> bool:
         """Whether a module without gradients ran where gradients should come through.

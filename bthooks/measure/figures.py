@@ -15,7 +15,7 @@ from .attention import Head
 from .histograms import Histogram
 from .nonfinite import Forward
 from .ranks import Job, Series
-from .readings import Drawn, Readings
+from .readings import NO_RATE, Drawn, Readings
 from .scaling import Skips
 
 
@@ -122,7 +122,7 @@ def figures_of(
             name: why
             for found in job.by_rank.values()
             for name, why in found.gaps.items()
-            if not any(name in other.norms for other in job.by_rank.values())
+            if why == NO_RATE or not any(name in other.norms for other in job.by_rank.values())
         },
         ran={p: at for found in job.by_rank.values() for p, at in found.ran.items()},
         loss=_means_of(job, "losses").get("loss"),

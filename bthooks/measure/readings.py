@@ -26,6 +26,7 @@ from .sharded import Part, readable
 # Why a parameter that is to be trained does not learn at a step.
 NO_GRADIENT = "in an optimizer, and has never had a gradient"
 NO_OPTIMIZER = "has gradients, and is in no optimizer"
+NO_RATE = "the learning rate of its group is 0"  # which is on purpose
 
 # Bounds for a training loop in which no optimizer ever steps.
 _SAMPLES, _FORWARDS = 1 << 20, 64

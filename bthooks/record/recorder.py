@@ -26,7 +26,7 @@ from ..names import tag
 from ..report import Ledger
 from ..torch_private import without_modes
 from .backend import PATIENCE, Removed, flush, hand_over, was_told
-from .event import event_of_model, prefixed
+from .event import event_of, event_of_model, prefixed
 from .folders import Folder, Output
 from .mail import Mail
 from .ranks import GRACE, Ranks
@@ -206,6 +206,7 @@ class Recorder:
             return
         with turn, self._ledger.lock:
             self._send(True, *goes_on)
+            self._settle()
             writer = self.output.writer
             if writer is not None and self.writes and not self._lost:
                 with self._losing(None):
@@ -227,8 +228,17 @@ class Recorder:
                 time.sleep(0.01)
         with turn, self._ledger.lock:
             self._send(True, without=True)
+            self._settle()
         with self._ledger.lock:
             self.alerts.tell()
+
+    def _settle(self) -> None:
+        """Write what was put off for a step that has not come."""
+        for prefix, step, verdict in self.alerts.settle() if self.writes else ():
+            with self._losing(step):
+                event = prefixed(event_of(Figures(), verdict), tag(self.prefix, prefix))
+                if event and (writer := self.output.open(self._ledger)) is not None:
+                    hand_over(writer, event, step, patient=not self._lost)
 
     def resume(self, step: int) -> None:
         """Go on at `step`: what is in the folder at it and after is superseded.
@@ -307,7 +317,8 @@ class Recorder:
             by_rank.setdefault(number, Readings()).merge(part)
         self._written = pending.key, by_rank
         figures = self._figures(by_rank, is_all)
-        if tag(self.prefix, "train/loss") in self.given:
+        is_given = bool(pending.prefix) or tag(self.prefix, "train/loss") in self.given
+        if is_given and (figures.loss is None or math.isfinite(figures.loss)):
             figures = replace(figures, loss=None)
         if not pending.prefix:
             self.ranks.judged({*by_rank}, {*figures.alone})
@@ -315,6 +326,7 @@ class Recorder:
             self._ledger.captured("ranks", map(str, sorted(by_rank)))
         verdict = self.alerts.judge(figures, pending.step, pending.prefix)
         self.expects = bool(self._waiting or self._leaving)
+        figures = replace(figures, loss=None) if is_given else figures
         event = event_of_model(
             figures,
             verdict,
@@ -399,9 +411,25 @@ class Recorder:
 _recorders: list[Recorder] = []
 
 
-def recorder_of(writer: Any) -> Recorder | None:
-    """The recorder that writes to `writer`, the first one of several."""
-    return next((found for found in _recorders if found.output.writer is writer), None)
+def recorder_of(writer: Any, prefix: str = "") -> Recorder | None:
+    """The recorder that writes to `writer`: of several that whose prefix is in front of `prefix`,
+    or the first one."""
+    found = [each for each in _recorders if each.output.writer is writer]
+    own = [each for each in found if tag(each.prefix) and within(each.prefix, prefix) is not None]
+    return next(iter([*own, *found]), None)
+
+
+def within(prefix: str, whole: str) -> str | None:
+    """What is left of `whole` behind a prefix; None if that is not in front of it."""
+    parts, start = tag(whole).split("/"), [part for part in tag(prefix).split("/") if part]
+    return "/".join(parts[len(start) :]) if parts[: len(start)] == start else None
+
+
+def losses_given(writer: Any, name: str) -> None:
+    """The loss under this tag is logged by hand: no attachment with this writer writes it."""
+    for found in _recorders:
+        if found.output.writer is writer:
+            found.given.add(name)
 
 
 def is_written(writer: Any) -> bool:

@@ -54,7 +54,7 @@ TOLD = {
         ("dead_rows", "blocks.1.attention", 5),
         ("vanishing_gradients", "blocks.1.norm1", 50),
     ],
-    "spike": [("loss", "train/loss", 31)],
+    "spike": [("loss", "train/loss", 32)],
     "undefined": [("loss", "train/loss", 32)],
 }
 
@@ -130,7 +130,17 @@ HEALTHY = {
     ] * 3,
     "a needle": [heads((0.01, 30.0, 0.0), logit=50.0)] * 3,
     "a sink": [heads((0.01, 30.0, 0.0), sink=0.98)] * 3,
-    "padded queries": [Figures(attention={"a": {"dead_rows": 0.6, "dead_samples": 0.1}})] * 3,
+    "padded queries": [Figures(attention={"a": {"dead_rows": 0.6}})] * 3,
+    "empty samples": [
+        Figures(attention={"a": {"dead_rows": 0.6, "dead_samples": 0.6, "sink": 0.1}})
+    ] * 3,
+    "a loss around 0": [
+        Figures(loss=1e-8 * (-1) ** at * (at + 1) ** 2, layers=layers(9, 60), total_norm=60.0)
+        for at in range(60)
+    ],
+    "a loss with a tail": [
+        Figures(loss=5.0 + at * 7 % 13 if at % 9 < 2 else at * 5 % 7 / 10) for at in range(90)
+    ],
     "warm-up from 0": rates(0.0, 1.0, 2.0),
     "few keys": [heads((0.0, 3.0, 0.0))] * 3,
     "no key": [heads((math.nan, math.nan, math.nan))] * 3,
@@ -196,16 +206,16 @@ ILL = {
         "dead_rows: a: step 10: 95% of its queries see no key",
     ),
     "empty samples": (
-        [Figures(attention={"a": {"dead_rows": 0.3, "dead_samples": 0.3}})] * 2,
+        [Figures(attention={"a": {"dead_rows": 0.3, "dead_samples": 0.3, "sink": 0.0}})] * 2,
         "dead_rows: a: step 10: 30% of its queries see no key",
     ),
     "loss": (
-        [Figures(loss=1 + 0.01 * (at % 3)) for at in range(20)] + [Figures(loss=3.0)] * 2,
-        "loss: train/loss: step 210: it is 3, the median of the last 21 1.01",
+        [Figures(loss=1 + 0.01 * (at % 3)) for at in range(20)] + [Figures(loss=3.0)] * 3,
+        "loss: train/loss: step 220: it is 3, the median of the last 20 1.01",
     ),
     "loss out of all proportion": (
-        [Figures(loss=1.0), Figures(loss=2e3), Figures(loss=4e6)],
-        "loss: train/loss: step 20: it is 4e+06, at first 1",
+        [Figures(loss=loss) for loss in (1.0, 2.0, 1.0, 4e3, 6e3, 8e3)],
+        "loss: train/loss: step 50: it is 8e+03, the median of the last 3 1",
     ),
     "loss that is none": ([Figures(loss=1.0), Figures(loss=math.inf)], "loss: train/loss: step 10"),
     "jump": (rates(*[1.0] * 8, 10.0, 10.0), "learning_rate: learning_rate/0: step 90: 10, "),
@@ -577,8 +587,8 @@ def test_the_loss_of_the_output_is_written_and_judged(by_hand, tmp_path, backend
         attach(model, writer, every=2, thresholds=of_loss_alone) as handle,
     ):
         warnings.simplefilter("always")
-        for step in range(40):
-            scale = 1e3 if step >= 30 else 1.0
+        for step in range(44):
+            scale = 1e3 if step >= 34 else 1.0
             optimizer.zero_grad()
             parts = [model(x[:4])["loss"], model(x[4:])["loss"]]  # micro-batches
             sum(parts).backward()
@@ -587,12 +597,12 @@ def test_the_loss_of_the_output_is_written_and_judged(by_hand, tmp_path, backend
             if by_hand:
                 bthooks.log_metrics(writer, {"loss": losses[step]}, step)
     points = dict(read(tmp_path).scalars["train/loss"])
-    assert [*points] == [*range(40)] if by_hand else [*range(0, 40, 2)]
+    assert [*points] == [*range(44)] if by_hand else [*range(0, 44, 2)]
     for step, loss in points.items():
         assert loss == pytest.approx(losses[step], rel=1e-5)
     (alert,) = handle.alerts
     assert (alert.condition, alert.where) == ("loss", "train/loss")
-    assert alert.step == (31 if by_hand else 32)
+    assert alert.step == (36 if by_hand else 38)
     assert len(caught) == 1
 
 

@@ -8,7 +8,9 @@ The map of the house; numbers run from the top to the bottom, and each file says
                                       optimizers; forward, nonfinite
     measure/    computes              the same nouns: pure functions of tensors; readings (of a
                                       step, on the device), figures (on the host, by name)
-    health/     judges                conditions, alerts, dashboard
+    health/     judges                the same nouns, and loss, rates, unlearned, calibration:
+                                      figures in, findings out; conditions (all of them),
+                                      thresholds, alerts (each told once), dashboard
     record/     writes                recorder, turns (one write at a time), transfer (device ->
                                       host), event (names -> tags), folders, writers, images,
                                       backend (all that differs between the two)

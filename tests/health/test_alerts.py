@@ -19,7 +19,7 @@ from bthooks.measure.attention import Head
 from bthooks.measure.figures import Figures, OfRank
 from bthooks.report import Ledger
 
-from ..conftest import read
+from ..conftest import Kept, read
 from ..models import Transformer, batch
 
 spec = importlib.util.spec_from_file_location(
@@ -653,3 +653,129 @@ def test_of_a_model_without_attention_it_is_said_what_did_not_run():
             optimizer.step()
     (said,) = {str(warning.message) for warning in caught}
     assert said.startswith("bthooks: forward: the forward of the attached module did not run")
+
+
+@pytest.mark.parametrize("every", [1, 5, 100])
+@pytest.mark.parametrize("what", ["skips the step", "stops"])
+def test_a_loss_that_is_nan_is_told_though_no_step_comes_of_it(what, every, tmp_path):
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    with warnings.catch_warnings(), attach(model, tmp_path, every=every) as handle:
+        warnings.simplefilter("ignore")
+        for step in range(40):
+            loss = model(torch.randn(8, 4)).square().mean()
+            loss = loss * torch.nan if step >= 30 else loss
+            bthooks.log_metrics(handle.writer, {"loss": loss}, step)
+            if not loss.isfinite():
+                if what == "stops":
+                    break
+                continue
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    ((condition, where, step, *_),) = handle.alerts
+    assert (condition, where) == ("loss", "train/loss")
+    assert 30 <= step <= 32
+    ((at, text),) = read(tmp_path).texts["health/alerts/text_summary"]
+    assert at == step
+    assert "it is nan" in text
+
+
+def test_steps_that_begin_again_hide_no_nan():
+    model = nn.Linear(1, 1)
+    with warnings.catch_warnings(), attach(model, Kept()) as handle:
+        warnings.simplefilter("ignore")
+        for epoch in range(2):
+            for step in range(20):
+                bthooks.log_metrics(handle.writer, {"loss": math.nan if epoch else 1.0}, step)
+    assert [str(alert) for alert in handle.alerts] == ["loss: train/loss: step 0: it is nan"]
+
+
+def test_each_attachment_of_a_writer_judges_the_loss_under_its_own_prefix():
+    writer, models = Kept(), [nn.Linear(1, 1), nn.Linear(1, 1)]
+    a, b = (attach(model, writer, prefix=name) for model, name in zip(models, "ab", strict=True))
+    with a, b, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(6):
+            bthooks.log_metrics(writer, {"loss": 1.0}, step, prefix="a/train")
+            loss = math.nan if step == 3 else 1.0
+            bthooks.log_metrics(writer, {"loss": loss}, step, prefix="b/train")
+    assert len(caught) == len(b.alerts) == 1
+    assert a.alerts == ()
+    assert {tag for tag in writer.scalars if "health" in tag} == {"b/health/loss"}
+    assert list(writer.texts) == ["b/health/alerts"]
+
+
+class Averaged(nn.Module):
+    """A trunk that is frozen with old gradients, a part at rest, and an average of the one part."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.rest, self.part, self.average = (nn.Linear(4, 4) for _ in range(4))
+        for p in self.trunk.parameters():
+            p.grad = torch.ones_like(p)
+        self.trunk.requires_grad_(False)
+
+    def forward(self, x):
+        x = self.rest(self.trunk(x))
+        with torch.no_grad():
+            goal = self.average(x)
+        return (self.part(x) - goal).square().mean()
+
+
+@pytest.mark.parametrize("capture", [None, ["gradients", "updates"]])
+def test_what_is_meant_to_rest_is_not_unlearned(capture):
+    model = Averaged()
+    groups = [
+        {"params": [*model.part.parameters(), *model.average.parameters()]},
+        {"params": model.rest.parameters(), "lr": 0.0},
+    ]
+    optimizer = torch.optim.SGD(groups, 0.1)
+    with attach(model, None, every=1, capture=capture, on_error="raise") as handle:
+        for _ in range(40):
+            optimizer.zero_grad()
+            model(torch.randn(8, 4)).backward()
+            optimizer.step()
+            with torch.no_grad():
+                model.average.weight.lerp_(model.part.weight, 0.1)
+                model.average.bias.lerp_(model.part.bias, 0.1)
+    assert "unlearned" not in {alert.condition for alert in handle.alerts}
+    assert "training of parameters" not in handle.report().missed
+
+
+def test_an_optimizer_without_groups_hides_no_module_that_none_holds():
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner):
+            self.inner = inner
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model[0].parameters(), 1e-3)
+    wrapper = Wrapper(optimizer)
+    with warnings.catch_warnings(), attach(model, None, every=1, on_error="raise") as handle:
+        warnings.simplefilter("ignore")
+        for _ in range(4):
+            model.zero_grad()
+            model(torch.ones(1, 4)).sum().backward()
+            wrapper.inner.step()
+    assert [(alert.condition, alert.where) for alert in handle.alerts] == [("unlearned", "1")]
+
+
+def test_what_was_told_of_a_value_that_is_not_finite_is_not_told_again_after_a_resume():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+
+    def train(handle, factor):
+        for _ in range(4):
+            optimizer.zero_grad()
+            (model(torch.ones(1, 4)).sum() * factor).backward()
+            optimizer.step()
+        return handle.state_dict()
+
+    with attach(model, None, every=1) as handle:
+        with pytest.warns(RuntimeWarning, match="nonfinite_gradients"):
+            state = train(handle, math.inf)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            handle.load_state_dict(json.loads(json.dumps(state)))
+            train(handle, 1.0)
+        assert [alert.condition for alert in handle.alerts] == ["nonfinite_gradients"]

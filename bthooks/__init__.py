@@ -5,7 +5,7 @@ The map of the house; numbers run from the top to the bottom, and each file says
     attach.py -> handle.py            the one call, and what the user holds
     wiring.py, schedule.py            when: torch's callbacks; which step it is, what is logged
     capture/    sees                  attention, softmax, fused, operators (names); gradients,
-                                      optimizers; forward, nonfinite
+                                      optimizers, updates; forward, nonfinite
     measure/    computes              the same nouns: pure functions of tensors; readings (of a
                                       step, on the device), figures (on the host, by name)
     health/     judges                the same nouns, and loss, rates, unlearned, calibration:

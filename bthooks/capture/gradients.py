@@ -26,7 +26,7 @@ from ..measure.histograms import histogram
 from ..measure.readings import NO_GRADIENT, NO_OPTIMIZER, NO_RATE, Drawn, Rates, Readings, rates_of
 from ..measure.scaling import LossScale, scaling
 from ..measure.sharded import Part, is_sharded, own_part, part_of
-from ..names import layer_of, parameter_names
+from ..names import parameter_names
 from ..report import Ledger
 from ..torch_private import (
     Hook,
@@ -39,10 +39,10 @@ from ..torch_private import (
     steps_on_stack,
 )
 from .flattened import FLAT, Flattened, slices_of
-from .optimizers import Known, held, held_by_any
+from .optimizers import Homeless, Known, held
+from .updates import Turns, resting
 from .wanted import Wanted
 
-_TURNS = 16  # looks, after which each parameter has had one
 _FUNCTIONS = (FunctionType, MethodType, functools.partial)
 
 
@@ -68,11 +68,7 @@ class Gradients:
         self._stepping: dict[str, Tensor] = {}  # the parameters that they hold
         self._losses: dict[str, LossScale] = {}  # by parameter
         self._former: dict[str, Tensor] = {}  # the parameters before, those that are looked at
-        self._order: list[str] = []  # the parameters, whose updates are looked at in turn
-        self._places: dict[str, int] = {}  # in it
-        self._turn, self._count = 0, 1  # whose turn it is, from there on so many
-        self._asked: set[int] = set()  # the optimizers that have stepped since
-        self._homeless: dict[str, bool] = {}  # by parameter that none of these holds: if none does
+        self._turns, self._homeless = Turns(wanted), Homeless()
         self._rates: dict[Optimizer, Rates] = {}
         self._given = Readings()
 
@@ -149,39 +145,13 @@ class Gradients:
             named = self._named_of(root, held(optimizer))
             self._stepping |= named
             if scalars:
-                for name in self._looked_at(named, optimizer, suspects) - self._former.keys():
+                for name in self._turns.looked_at(named, optimizer, suspects) - self._former.keys():
                     with self._ledger.guard(f"update of {name}"):
                         self._former[name] = named[name].detach().clone()
             read = functools.partial(self._read, named, optimizer, scalars, histograms)
             self._reads.append(read)
             hook = functools.partial(self._before_update, read)
             self._hooks.append(optimizer.register_step_pre_hook(hook))
-
-    def _looked_at(
-        self, named: Mapping[str, Tensor], optimizer: Optimizer, suspects: Collection[str]
-    ) -> set[str]:
-        """The parameters whose update is measured: all, or those of `suspects` and some in turn.
-
-        So what is never updated is found, and no copy of all parameters is held.
-        """
-        kinds = self._wanted.kinds
-        if "updates" in kinds or "gradients" not in kinds:
-            return {*named} if "updates" in kinds else set()
-        if id(optimizer) in self._asked:  # all that step have been
-            self._asked.clear()
-            self._turn += self._count
-        self._asked.add(id(optimizer))
-        self._order += [name for name in named if name not in self._places]
-        self._places |= {
-            name: at for at, name in enumerate(self._order[len(self._places) :], len(self._places))
-        }
-        total = len(self._order)
-        self._count = max(1, total // _TURNS)
-        return {
-            name
-            for name in named
-            if layer_of(name) in suspects or (self._places[name] - self._turn) % total < self._count
-        }
 
     def _before_update(
         self, read: Callable[[], None], optimizer: Optimizer, args: Any, kwargs: Any
@@ -254,7 +224,7 @@ class Gradients:
                 given.gaps |= dict.fromkeys(lacking, NO_GRADIENT)
                 given.sizes |= self._norms({n: named[n].detach() for n in lacking}, "size")
                 if optimizer is not None:
-                    given.gaps |= dict.fromkeys(_resting(named, optimizer), NO_RATE)
+                    given.gaps |= dict.fromkeys(resting(named, optimizer), NO_RATE)
                 before = {n: self._before_clip.pop(n) for n in named if n in self._before_clip}
                 # Those under a scaler of torch's are unscaled by its state.
                 is_own = loss.scale is not None and find_scaler() is None
@@ -342,10 +312,7 @@ class Gradients:
             n: p for n, p in names.items() if n in unheld and p.requires_grad and p not in others
         }
         with self._ledger.guard("parameters without an optimizer"):
-            if left.keys() - self._homeless.keys():
-                found = held_by_any(left.values())
-                self._homeless |= {name: p not in found for name, p in left.items()}
-            homeless = {name: p.detach() for name, p in left.items() if self._homeless[name]}
+            homeless = {name: p.detach() for name, p in self._homeless.among(left).items()}
             self._given.gaps |= dict.fromkeys(homeless, NO_OPTIMIZER)
             self._given.sizes |= self._norms(homeless, "size")
 
@@ -415,14 +382,6 @@ class Gradients:
             self._named = self._names(root)
         names = {p: self._named.get(p) for p in parameters}
         return {n: p for p, n in names.items() if n is not None and self._wanted.selected(n)}
-
-
-def _resting(named: Mapping[str, Tensor], optimizer: Optimizer) -> list[str]:
-    """Those in groups whose learning rate is 0."""
-    resting = {
-        p for group in optimizer.param_groups if group.get("lr") == 0 for p in group["params"]
-    }
-    return [name for name, p in named.items() if p in resting] if resting else []
 
 
 def _gradients_of(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

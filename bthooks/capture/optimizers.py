@@ -7,7 +7,7 @@ import gc
 import heapq
 import itertools
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -149,17 +149,29 @@ class Optimizers:
             self._tell(known.number)
 
 
-def held_by_any(parameters: Iterable[Tensor]) -> set[Tensor]:
-    """Those of `parameters` that any optimizer of this process holds, though none has stepped.
+class Homeless:
+    """Tells which parameters no optimizer of this process holds, though none has stepped yet.
 
-    A walk over all objects takes some 0.1 s: it is for what is about to be told.
+    A walk over all objects takes some 0.1 s: each parameter is looked for once.
     """
-    wanted = {*parameters}
+
+    def __init__(self) -> None:
+        self._known: dict[str, bool] = {}
+
+    def among(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of `named` that none holds."""
+        if named.keys() - self._known.keys():
+            found = _held_by_any({*named.values()})
+            self._known |= {name: p not in found for name, p in named.items()}
+        return {name: p for name, p in named.items() if self._known[name]}
+
+
+def _held_by_any(parameters: set[Tensor]) -> set[Tensor]:
     found: set[Tensor] = set()
     for each in gc.get_objects():
         if issubclass(type(each), Optimizer):
             for group in getattr(each, "param_groups", ()):  # one that wraps another may lack them
-                found.update(p for p in group["params"] if p in wanted)
+                found.update(p for p in group["params"] if p in parameters)
     return found
 
 

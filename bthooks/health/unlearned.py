@@ -3,6 +3,7 @@
 Not those that are frozen on purpose (`requires_grad=False`), nor heads that a task skips.
 """
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -39,12 +40,17 @@ class Unlearned(Judge):
             return []
         self._take_in(figures, told)
         found = self.parameters(limits.checks)
-        cut = _modules(found, {*self.learnt, *self.gaps})
-        return [
-            Finding(path, float("inf"), _message(path, why, found), at_once=True)
-            for path, why in cut.items()
+        known = {*self.learnt, *self.gaps}
+        cut = {
+            path: why
+            for path, why in _modules(found, known).items()
             if why != NO_GRADIENT or self._is_cut_off(path, figures.ran)
-        ] or [Finding("root", 0.0, "")]
+        }
+        ill = [
+            Finding(path, math.inf, _message(path, why, found), at_once=True)
+            for path, why in cut.items()
+        ]
+        return ill + [Finding(layer, 0.0, "") for layer in {*map(layer_of, known)} - cut.keys()]
 
     def _take_in(self, figures: Figures, told: Collection[str] | None) -> None:
         learnt, moved = {*self.learnt}, {*self.moved}

@@ -100,7 +100,10 @@ class Gradients(Judge):
         if len(self.totals) < _START:
             self.totals.append(total)
             self.level = max(self.level, layers[by_norm[0]])
-        severity, why = self._evidence(figures, total, by_norm, limits, loss)
+        # A threshold of the user's own knows the unit of the loss; the default one does not.
+        severity, why = math.inf, ""
+        if limits.exploding == Thresholds().exploding:
+            severity, why = self._evidence(figures, total, by_norm, limits, loss)
         severity = min(total / limits.exploding, severity)
         message = f"the norm of all gradients before clipping is {total:.3g}, most of it here{why}"
         findings = [Finding(by_norm[0], severity, message, "with the total")]

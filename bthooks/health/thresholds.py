@@ -20,7 +20,8 @@ class Thresholds(NamedTuple):
         exploding: L2 norm of all gradients before clipping. It depends on the unit of the loss, so
             what is above it is in the condition only with one of: `growth`; an update as large as
             the weights, or 30 times the norm of the start, with a loss that does not fall; a loss
-            that has blown up; a thousand times the loss, or the next layer's norm.
+            that has blown up; a thousand times the loss, or the next layer's norm. A value of
+            your own is taken at its word.
         growth: that norm over the least of the run's first three checks; ten times as much where
             the loss falls.
         decades: log10 of a layer's norm over its own running mean (and beyond 3 deviations, and

@@ -423,7 +423,7 @@ def test_thresholds_are_used():
     model, x = nn.Linear(4, 1), torch.ones(1, 4)
     optimizer = torch.optim.SGD(model.parameters(), 1e-9)
     told = []
-    strict = Thresholds(checks=1, exploding=0.5, growth=1e-3)
+    strict = Thresholds(checks=1, exploding=0.5)
     handle = attach(model, None, every=1, thresholds=strict, on_alert=told.append)
     F.mse_loss(model(x), torch.ones(1, 1) * 9).backward()
     optimizer.step()

@@ -107,7 +107,7 @@ class Alerts:
         self, findings: Sequence[Finding], prefix: str, condition: str, step: int
     ) -> bool:
         """Whether what is found at once waits: for a step to be judged, and one more call."""
-        if not any(finding.at_once and finding.severity >= 1 for finding in findings):
+        if not _is_grave(findings):
             return False
         key = prefix, condition
         _, _, steps, calls = self._put_off.get(key, (findings, step, self._steps, 0))
@@ -126,12 +126,11 @@ class Alerts:
     ) -> None:
         """Take what was found of a condition into its episode, and what comes of it down."""
         episode = self._episodes.setdefault((prefix, condition), _Episode(condition))
-        is_grave = any(finding.at_once and finding.severity >= 1 for finding in findings)
+        is_grave = _is_grave(findings)
         if step <= episode.last and not is_grave:  # a flush parted the step
             return
         if is_grave and episode.alert is not None and not episode.is_infinite:
-            self._end(episode, episode.alert._replace(cleared=step), prefix, verdict)
-            episode.alert = None
+            self._end(episode, episode.over(episode.alert, step), prefix, verdict)
         alert = episode.look(findings, step, self.thresholds.checks)
         verdict.shares[condition] = episode.share
         if alert is None:
@@ -152,8 +151,8 @@ class Alerts:
         if not episode.is_told:
             return
         begun = over._replace(cleared=None)
-        training = self._episodes.get(("", over.condition), episode).alert
-        if prefix and training is not None and training.where == over.where:
+        training = self._episodes.get(("", over.condition))
+        if prefix and training and training.alert and training.alert.where == over.where:
             episode.alert = begun
         else:
             self.all[self.all.index(begun)] = over
@@ -208,9 +207,8 @@ class Alerts:
     def state(self) -> list[list[Any]]:
         """Each alert that lasts as plain data, behind its prefix and whether it is grave."""
         return [
-            [prefix, episode.is_infinite, *episode.alert]
-            for (prefix, _), episode in self._episodes.items()
-            if episode.alert is not None and episode.is_told
+            [prefix, self._episodes[prefix, alert.condition].is_infinite, *alert]
+            for prefix, alert in self._lasting()
         ]
 
     def baselines(self) -> dict[str, dict[str, Any]]:
@@ -274,9 +272,18 @@ class _Episode:
         self.well = self.well + 1 if all(f.severity <= 0.5 for f in findings) else 0
         if self.well < checks and self.better < _BETTER * checks:
             return None
-        over = self.alert._replace(cleared=step)
+        return self.over(self.alert, step)
+
+    def over(self, alert: Alert, step: int) -> Alert:
+        """Its alert, which ends at `step`."""
+        over = alert._replace(cleared=step)
         self.alert, self.held, self.well, self.better = None, {}, 0, 0
         return over
+
+
+def _is_grave(findings: Sequence[Finding]) -> bool:
+    """Whether any of them is told at once."""
+    return any(finding.at_once and finding.severity >= 1 for finding in findings)
 
 
 def _alert(condition: str, lasting: Sequence[Finding], step: int) -> Alert:

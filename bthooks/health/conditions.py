@@ -76,7 +76,7 @@ class Conditions:
 def _dead(figures: Figures) -> list[Finding]:
     """Modules whose values are all the same."""
     return [
-        Finding(path, float("inf") if low == high else 0.0, f"every value is {low:.3g}", part)
+        Finding(path, math.inf if low == high else 0.0, f"every value is {low:.3g}", part)
         for part, of_rank in of_ranks(figures)
         for path, (low, high) in of_rank.activations.items()
     ]

@@ -94,7 +94,7 @@ class Ranks:
                 while self.take():
                     pass
                 former, self._others = self._others, None
-                self._group, self._claim = group, None
+                self._group, self._claim, self._waits = group, None, False
                 self.rank, self.size = job.rank(), job.size()
                 self.writes = self.rank == 0
                 self._store = own_store() if self.size > 1 else None

@@ -117,11 +117,7 @@ def a_bad_batch_that_stays(fault: int) -> Run:
     return timed(Run(model, stepping(adam(model), loss_of)), clock)
 
 
-@broken("exploding_gradients")
-def forgotten_zero_grad(fault: int) -> Run:
-    model = mlp(64, 64, 64)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-
+def never_zeroed(model: nn.Module, optimizer: torch.optim.Optimizer) -> Run:
     def step(number: int) -> Tensor:
         x, y = batch()
         loss = F.cross_entropy(model(x), y)
@@ -130,21 +126,18 @@ def forgotten_zero_grad(fault: int) -> Run:
         return loss.detach()
 
     return Run(model, step)
+
+
+@broken("exploding_gradients")
+def forgotten_zero_grad(fault: int) -> Run:
+    model = mlp(64, 64, 64)
+    return never_zeroed(model, torch.optim.SGD(model.parameters(), 0.1))
 
 
 @broken("exploding_gradients")
 def forgotten_zero_grad_adam(fault: int) -> Run:
     model = mlp(64, 64, 64)
-    optimizer = adam(model)
-
-    def step(number: int) -> Tensor:
-        x, y = batch()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return Run(model, step)
+    return never_zeroed(model, adam(model))
 
 
 @broken("exploding_gradients")

@@ -47,6 +47,9 @@ class ObservedForward:
         self._activations: dict[Drawn, Histogram] = {}
         self._maps: dict[str, list[tuple[int, Tensor]]] = {}
         self._doubts: dict[str, Doubt] = {}
+        # Hugging Face's trainer has each micro-batch divided by the tokens of the whole batch.
+        kwargs = next((part for part in given if isinstance(part, dict)), {})
+        self._is_share = kwargs.get("num_items_in_batch") is not None
         self._handles: list[RemovableHandle] = []
         self._mode: AttentionMode | None = None
         paths = module_names(root)
@@ -96,7 +99,7 @@ class ObservedForward:
             readings.ran = self._trail.ran()
             readings.forwards = [self._trail.ended(root, output)]
         with ledger.guard("loss"):
-            readings.losses = losses(output)
+            readings.losses = losses(output, self._is_share)
         for path, maps in self._maps.items():
             with ledger.guard(f"attention of {path}"):
                 for index, sums in enumerate(_series(maps)):

@@ -125,12 +125,12 @@ def figures_of(
             if why == NO_RATE or not any(name in other.norms for other in job.by_rank.values())
         },
         ran={p: at for found in job.by_rank.values() for p, at in found.ran.items()},
-        loss=_means_of(job, "losses").get("loss"),
+        loss=next((sum_ / (n or 1) for sum_, n in _sums_of(job, "losses").values()), None),
         skipped_steps=skipped,
         attention=attention.whole(maps),
         heads=heads,
         unsaid=[*_unsaid(job), *((f"attention of {path}", _HEADLESS) for path in headless)],
-        uncertainty=_means_of(job, "uncertainty"),
+        uncertainty={k: sum_ / n for k, (sum_, n) in _sums_of(job, "uncertainty").items() if n},
         histograms=histograms,
         nonfinite={
             d: lost for d, found in histograms.items() if (lost := float(found.summary[-1]))
@@ -157,14 +157,14 @@ def _means(layers: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {layer: sum(own) / len(own) for layer, own in layers.items()}
 
 
-def _means_of(job: Job, what: str) -> dict[str, float]:
-    """The means over all ranks of what each has sums and counts of, by kind."""
+def _sums_of(job: Job, what: str) -> dict[str, list[float]]:
+    """Over all ranks, of what each has sums and counts of, by kind."""
     totals: dict[str, list[float]] = {}
     for rank in job.distinct(job.by_rank):
         for kind, (sum_, count) in getattr(job.by_rank[rank], what).items():
             total = totals.setdefault(kind, [0.0, 0.0])
             total[0], total[1] = total[0] + float(sum_), total[1] + float(count)
-    return {kind: sum_ / count for kind, (sum_, count) in totals.items() if count}
+    return totals
 
 
 def layer_means(norms: Mapping[str, float]) -> dict[str, float]:

@@ -203,10 +203,13 @@ def uncertainties(found: Mapping[str, Tensor], distributions: bool = True) -> Re
 
 
 @torch.no_grad()
-def losses(output: Any) -> dict[str, Tensor]:
-    """The scalar `loss` of a model's output, a dict's key or an attribute, as its sum and count."""
+def losses(output: Any, is_share: bool) -> dict[str, Tensor]:
+    """The scalar `loss` of a model's output, a dict's key or an attribute, as its sum and count.
+
+    That of a micro-batch which `is_share` of the whole batch's counts 0: they add up to it.
+    """
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         return {}
     value = loss.detach().reshape(()).to(widened(loss.dtype))
-    return {"loss": torch.stack([value, torch.ones_like(value)])}
+    return {"loss": torch.stack([value, torch.full_like(value, not is_share)])}

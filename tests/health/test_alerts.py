@@ -606,6 +606,24 @@ def test_the_loss_of_the_output_is_written_and_judged(by_hand, tmp_path, backend
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize("is_share", [False, True])
+def test_the_loss_of_a_step_is_that_of_the_whole_batch(is_share):
+    """Hugging Face's trainer has each micro-batch divided by the size of the whole batch."""
+
+    class Model(nn.Linear):
+        def forward(self, x, num_items_in_batch=None):
+            return {"loss": super().forward(x).square().sum() / (num_items_in_batch or len(x))}
+
+    model, x, writer = Model(4, 1), torch.randn(8, 4), Kept()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+    expected = nn.Linear.forward(model, x).square().mean().item()
+    with attach(model, writer, every=1):
+        for part in x[:4], x[4:]:
+            model(part, num_items_in_batch=8 if is_share else None)["loss"].backward()
+        optimizer.step()
+    assert dict(writer.scalars["train/loss"]) == {0: pytest.approx(expected)}
+
+
 @pytest.mark.parametrize("at", [8, 30])
 def test_a_resume_keeps_what_is_judged_by(at, tmp_path):
     """An explosion, a loss that jumps and a rate that dies are seen as without the resume."""
